@@ -1,0 +1,44 @@
+"""Every setting, as frozen dataclasses. Read once at the edge (`server.cli`); modules below take plain values."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of the engine process; travels to it as JSON. None means: choose from the device and the model.
+
+    Bytes are bytes, lengths are tokens. `device` is "cpu", "cuda" or "cuda:N"; `dtype` one of "auto" (the
+    checkpoint's), "float32", "bfloat16", "float16". `max_batch_tokens` bounds the tokens of one step, and
+    so how long a long prompt can hold up the others; `max_waiting` bounds the queue.
+    """
+
+    base_path: str
+    base_digest: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_batch_tokens: int | None = None
+    max_waiting: int = 256
+    page_size: int = 16
+    kv_cache_bytes: int | None = None
+    adapter_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes."""
+
+    engine: EngineConfig
+    base_name: str
+    store: str
+    host: str = "127.0.0.1"
+    port: int = 50051
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 9400
+    grace: float = 30.0
+    reflection: bool = True
+    max_message_bytes: int = 4 * 1024 * 1024
+    max_stop_strings: int = 16

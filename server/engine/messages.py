@@ -1,0 +1,207 @@
+"""The typed messages between the front end and the engine process.
+
+Encoded with msgpack by msgspec and carried by one ZeroMQ PAIR socket over `ipc://`: the front end binds,
+the engine connects, one message a frame. Must import neither torch nor protobuf: both processes load it.
+"""
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one token is drawn. Already range-checked by the front end.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 and min_p 0 filter nothing. The penalties are those of
+    transformers (repetition: prompt and output) and OpenAI (presence, frequency: output only). `logprobs`
+    None asks for none, n for the drawn token's log-probability and those of the n likeliest. They are
+    log-softmax of the raw logits, before penalties and temperature.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+class StopParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When the engine ends a sequence. Stop strings are the front end's, as they need text."""
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class AdapterRef(msgspec.Struct, frozen=True):
+    """An adapter version: its content digest (`sha256:…`) and the directory with its PEFT files."""
+
+    digest: str
+    path: str
+
+
+class ErrorPayload(msgspec.Struct, frozen=True):
+    """A LorikeetError on the wire: the fields of its class and instance."""
+
+    code: str
+    reason: str
+    message: str
+    metadata: dict[str, str] = {}
+    retry_after: float | None = None
+
+
+# Front end → engine
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Run one sequence. `request_id` is unique among all that the engine has not yet ended."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    stopping: StopParams
+    adapter: AdapterRef | None = None
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """End a sequence now (the client left, the deadline passed, a stop string matched). No answer follows."""
+
+    request_id: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
+    """Make an adapter resident ahead of any request; answered by CallDone."""
+
+    call_id: str
+    adapter: AdapterRef
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
+    """Drop an adapter from memory; answered by CallDone, with ADAPTER_IN_USE when sequences hold it."""
+
+    call_id: str
+    digest: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Exit once the current step is done. The front end has drained what it wanted drained."""
+
+
+ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter | Shutdown
+
+# Engine → front end
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """The drawn token's log-probability, and (token id, log-probability) of the likeliest, in falling order."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Where a sequence's time went, in seconds. `load` is the part of `queue` spent waiting for its adapter."""
+
+    queue: float
+    load: float
+    prefill: float
+    decode: float
+
+
+class Output(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What one step made for one sequence; the last one has `finish_reason` ("stop" or "length").
+
+    `num_cached` (prompt tokens taken from the prefix cache) comes with the first, `timings` with the last.
+    When a stop token ended the sequence, it is the last of `token_ids`.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    num_cached: int | None = None
+    timings: Timings | None = None
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
+    """All outputs of one step: one message a step, whatever the batch."""
+
+    outputs: list[Output]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The sequence ended in an error (its adapter was refused, the queue was full)."""
+
+    request_id: str
+    error: ErrorPayload
+
+
+class CallDone(msgspec.Struct, frozen=True, tag="done"):
+    """Answers LoadAdapter and UnloadAdapter; `error` None is success."""
+
+    call_id: str
+    error: ErrorPayload | None = None
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The engine has loaded the base and takes sequences. Limits are in tokens, memory in bytes."""
+
+    device: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    page_size: int
+    num_pages: int
+
+
+class ResidentAdapter(msgspec.Struct, frozen=True):
+    """An adapter in memory; `tier` is "host" or "device", `leases` the sequences that hold it."""
+
+    digest: str
+    tier: str
+    size_bytes: int
+    leases: int
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """A snapshot, sent about twice a second while anything changes. `memory` is bytes by kind
+    (weights, adapters, kv, workspace) of the engine's device; the counters only ever grow."""
+
+    num_running: int
+    num_waiting: int
+    pages_used: int
+    pages_total: int
+    adapters: list[ResidentAdapter]
+    memory: dict[str, int]
+    prefix_hit_tokens: int = 0
+    prefix_query_tokens: int = 0
+    preemptions: int = 0
+    adapter_loads: int = 0
+    adapter_load_failures: int = 0
+    adapter_evictions: int = 0
+
+
+ToFrontend = StepOutputs | RequestFailed | CallDone | Ready | Stats
+
+
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_frontend = msgspec.msgpack.Decoder(ToFrontend)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: ToEngine | ToFrontend) -> bytes:
+    """One message as one frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Raises msgspec.ValidationError for a frame of another shape."""
+    return _to_engine.decode(frame)
+
+
+def decode_to_frontend(frame: bytes) -> ToFrontend:
+    """Raises msgspec.ValidationError for a frame of another shape."""
+    return _to_frontend.decode(frame)

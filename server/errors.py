@@ -1,0 +1,67 @@
+"""Errors of the server; the tree's root and its adapter branch are in `adapters.errors`.
+
+    LorikeetError
+    ├── InvalidRequest      INVALID_ARGUMENT     a field of a request is out of range; `field` names it
+    ├── ServerBusy          RESOURCE_EXHAUSTED   the waiting queue is full; carries retry_after
+    ├── ShuttingDown        UNAVAILABLE          the server is stopping and takes no new requests
+    ├── EngineUnavailable   UNAVAILABLE          the engine process died or is not ready yet
+    ├── BaseModelError      FAILED_PRECONDITION  the base model cannot be found or read
+    │   └── UnsupportedModel                     its architecture or a setting is not supported
+    └── ConfigError         INVALID_ARGUMENT     a setting of the server itself is wrong (port in use, …)
+
+Must not hold: anything of gRPC (`server.rpc.status`) or torch.
+"""
+
+from adapters.errors import LorikeetError
+
+
+class InvalidRequest(LorikeetError):
+    """A field of a request is missing or out of range."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "REQUEST_INVALID"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+        self.field = field
+
+
+class ServerBusy(LorikeetError):
+    """The waiting queue is full."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "SERVER_BUSY"
+
+
+class ShuttingDown(LorikeetError):
+    """The server is stopping and takes no new requests."""
+
+    code = "UNAVAILABLE"
+    reason = "SHUTTING_DOWN"
+
+
+class EngineUnavailable(LorikeetError):
+    """The engine process is not there: it died under this request, or is starting."""
+
+    code = "UNAVAILABLE"
+    reason = "ENGINE_UNAVAILABLE"
+
+
+class BaseModelError(LorikeetError):
+    """The base model cannot be found or read."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BASE_MODEL"
+
+
+class UnsupportedModel(BaseModelError):
+    """The base model's architecture, or one of its settings, is not supported."""
+
+    reason = "BASE_MODEL_UNSUPPORTED"
+
+
+class ConfigError(LorikeetError):
+    """A setting of the server is wrong."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "CONFIG_INVALID"
