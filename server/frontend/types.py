@@ -1,0 +1,57 @@
+"""What crosses between the RPC layer and the front end: plain values, no protobuf, no torch."""
+
+from dataclasses import dataclass
+
+from server.engine.messages import SamplingParams, StopParams, Timings, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a conversation; `role` is what the chat template knows ("system", "user", "assistant")."""
+
+    role: str
+    content: str
+
+
+Prompt = str | list[int] | list[ChatMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One generation as the client asked for it. `adapter_id` "" is the base; `max_tokens` None means what the
+    context has left. Ranges are not yet checked."""
+
+    request_id: str
+    adapter_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    max_tokens: int | None
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def stop_params(self, max_tokens: int) -> StopParams:
+        return StopParams(max_tokens=max_tokens, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts; `cached_prompt_tokens` of the prompt's came from the prefix cache."""
+
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new since the last one. `adapter_digest` ("" for the base) is what really serves the request and
+    never changes within it. The last one has `finish_reason` ("stop" or "length"), `usage` and `timings`."""
+
+    text: str
+    token_ids: list[int]
+    adapter_digest: str
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    timings: Timings | None = None
