@@ -63,7 +63,7 @@ class InvalidAdapter(AdapterError):
     reason = "ADAPTER_INVALID"
 
     def __init__(self, message: str, *, faults: Sequence[str] = (), **metadata: str) -> None:
-        super().__init__(message, **metadata)
+        super().__init__(message, retry_after=None, **metadata)
         self.faults = tuple(faults)
 
 

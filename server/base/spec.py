@@ -12,6 +12,7 @@ from typing import Any, Self
 from server.errors import UnsupportedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,9 @@ class ModelSpec:
         max_position = config["max_position_embeddings"]
         _refuse_sliding_window(config, family, max_position)
         theta, scaling = _rope(config)
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            raise UnsupportedModel(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
         bias = bool(config.get("attention_bias", False))
         return cls(
             family=family,
@@ -71,7 +75,7 @@ class ModelSpec:
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
+            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
             vocab_size=config["vocab_size"],
             max_position=max_position,
             rms_eps=config.get("rms_norm_eps", 1e-6),
@@ -82,7 +86,7 @@ class ModelSpec:
             o_bias=family in ("llama", "qwen3") and bias,
             mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
             qk_norm=family == "qwen3",
-            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+            dtype=dtype,
         )
 
     @property
@@ -106,7 +110,7 @@ class ModelSpec:
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
+    """Rope theta and scaling, from transformers 5's `rope_parameters` or the older pair of keys."""
     params = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = params.get("rope_theta") or config.get("rope_theta") or 10000.0
     kind = params.get("rope_type") or params.get("type") or "default"
@@ -125,6 +129,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 def _refuse_sliding_window(config: Mapping[str, Any], family: str, max_position: int) -> None:
     """Mistral applies its window whenever one is set, the Qwens only under `use_sliding_window`."""
     window = config.get("sliding_window")
-    used = window is not None and (family == "mistral" or bool(config.get("use_sliding_window", False)))
-    if used and window < max_position:
-        raise UnsupportedModel(f"sliding_window {window} is shorter than the context; sliding attention is not supported")
+    used = family == "mistral" or bool(config.get("use_sliding_window", False))
+    if used and window is not None and window < max_position:
+        raise UnsupportedModel(
+            f"sliding_window {window} is shorter than the context; sliding attention is not supported"
+        )
