@@ -1,0 +1,27 @@
+"""The numeric operations of the forward pass: what each computes, on which shapes and dtypes.
+
+Every operation is defined by its plain torch form in `kernels.reference`, which runs on any device. Where a
+faster form exists for a device, the device of the tensors chooses it; a failing kernel is never papered over.
+
+Shapes use n = tokens of the batch, h = hidden size, d = head size.
+"""
+
+from server.kernels.linear import PackedLinear, pack_linear
+from server.kernels.reference.attention import paged_decode_attention, prefill_attention
+from server.kernels.reference.layer import add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
+from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
+
+__all__ = [
+    "PackedLinear",
+    "RowRun",
+    "add_rms_norm",
+    "apply_rope",
+    "lora_decode",
+    "lora_segment",
+    "pack_linear",
+    "paged_decode_attention",
+    "prefill_attention",
+    "rms_norm",
+    "rope_table",
+    "silu_mul",
+]

@@ -1,0 +1,1 @@
+"""Plain torch definitions of the operations; also what runs on a CPU."""

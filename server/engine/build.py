@@ -1,0 +1,156 @@
+"""Wires an engine from its settings: the one place that decides sizes and picks backends."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from server.base.spec import ModelSpec
+from server.config import EngineConfig
+from server.engine.adapter_cache import AdapterCache
+from server.engine.engine import Channel, Engine
+from server.engine.messages import Ready
+from server.engine.pages import PageManager
+from server.engine.runner import Runner
+from server.engine.sampler import Sampler
+from server.engine.scheduler import Scheduler
+from server.errors import BaseModelError, ConfigError
+from server.lora.pool import AdapterPool
+from server.lora.weights import load_adapter
+from server.model.attention import TorchAttention
+from server.model.kv_cache import KVCache, kv_bytes_per_token
+from server.model.loader import DTYPES, load_weights
+from server.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+def build_engine(config: EngineConfig, channel: Channel, progress: Callable[[str], None] = log.info) -> Engine:
+    """Load the base and set aside memory. Raises BaseModelError or ConfigError with what to change."""
+    device = resolve_device(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    directory = Path(config.base_path)
+    raw = _read_config(directory)
+    spec = ModelSpec.from_config(raw)
+    dtype = resolve_dtype(config.dtype, spec)
+    progress(f"loading {directory.name} in {_name(dtype)} on {device}")
+    weights = load_weights(directory, spec, dtype, device)
+    available = _available_bytes(device)
+    pool = AdapterPool(spec, config.adapter_cache_bytes or min(available // 10, GIB if device.type == "cpu" else available), dtype, device)
+    num_pages = _num_pages(config, spec, dtype, available)
+    max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
+    cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
+    adapters = AdapterCache(pool, lambda path: load_adapter(path, spec, dtype))
+    pages = PageManager(num_pages, config.page_size, config.prefix_caching)
+    max_batch_tokens = config.max_batch_tokens or (256 if device.type == "cpu" else 4096)
+    scheduler = Scheduler(
+        pages=pages,
+        adapters=adapters,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_waiting=config.max_waiting,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids(directory, raw),
+    )
+    runner = Runner(
+        model=Transformer(spec, weights, max_model_len),
+        cache=cache,
+        attention=TorchAttention(spec.softmax_scale, config.page_size, device),
+        sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
+        pool=pool,
+        rows_of=adapters.rows,
+    )
+    ready = Ready(
+        device=str(device),
+        dtype=_name(dtype),
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        page_size=config.page_size,
+        num_pages=num_pages,
+    )
+    memory = {"weights": weights.num_bytes, "adapters": pool.num_rows * pool.row_bytes, "kv": cache.num_bytes}
+    return Engine(
+        scheduler=scheduler,
+        runner=runner,
+        adapters=adapters,
+        channel=channel,
+        ready=ready,
+        memory=memory,
+        overlap=0 if device.type == "cpu" else 1,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device; "auto" is the first GPU where there is one. Raises ConfigError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device {name!r} is not known; use cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str, spec: ModelSpec) -> torch.dtype:
+    """The compute dtype; "auto" is the checkpoint's."""
+    wanted = spec.dtype if name == "auto" else name
+    if wanted not in DTYPES:
+        raise ConfigError(f"dtype {wanted!r} is not supported; use one of {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def eos_token_ids(directory: Path, config: dict[str, object]) -> frozenset[int]:
+    """What ends a sequence: generation_config.json's eos_token_id (one or several) and config.json's."""
+    found = [config.get("eos_token_id")]
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        found.append(json.loads(generation.read_text()).get("eos_token_id"))
+    ids: set[int] = set()
+    for value in found:
+        ids.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+    return frozenset(ids)
+
+
+def _read_config(directory: Path) -> dict[str, object]:
+    try:
+        config: dict[str, object] = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{directory / 'config.json'}: cannot be read ({error})") from error
+    return config
+
+
+def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, available: int) -> int:
+    page_bytes = kv_bytes_per_token(spec, dtype) * config.page_size
+    budget = config.kv_cache_bytes
+    if budget is None:
+        longest = (config.max_model_len or spec.max_position) * config.max_num_seqs * kv_bytes_per_token(spec, dtype)
+        budget = min(longest, available // 4 if config.device == "cpu" else int(available * 0.8))
+    num_pages = budget // page_bytes
+    if num_pages < 1:
+        raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")
+    return num_pages
+
+
+def _available_bytes(device: torch.device) -> int:
+    """Memory that is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("cannot tell the free memory of this machine; set --kv-cache-memory and --adapter-memory")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,42 @@
+"""The engine process: `python -m server.engine.process --socket ipc://…`, its settings as JSON on stdin.
+
+Exits 0 after Shutdown or when the front end is gone, 3 when the base model or a setting is refused (one line
+on stderr says why), anything else is a crash that the front end answers by starting it again.
+"""
+
+import argparse
+import logging
+import signal
+import sys
+
+import msgspec
+
+from adapters.errors import LorikeetError
+from server.config import EngineConfig
+from server.engine.build import build_engine
+from server.engine.link import Link
+
+REFUSED = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--socket", required=True, help="the ipc:// address that the front end has bound")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    # The front end decides when to stop: a terminal's Ctrl-C reaches both processes.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    link = Link(args.socket)
+    try:
+        engine = build_engine(config, link)
+    except LorikeetError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return REFUSED
+    engine.run()
+    link.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Turns a plan into tensors, runs the model and draws tokens. Knows no queue and frees nothing."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.messages import TokenLogprob
+from server.engine.plan import Chunk, Plan, Sampled
+from server.engine.sampler import SampledBatch, Sampler
+from server.lora.batch import TokenSpan, build_lora_batch
+from server.lora.pool import AdapterPool, Ranges
+from server.model.attention import AttentionBackend, AttentionChunk
+from server.model.batch import ForwardBatch
+from server.model.kv_cache import KVCache
+from server.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class StepHandle:
+    """A step under way; `result` waits for the device."""
+
+    chunks: tuple[Chunk, ...]
+    drawn: SampledBatch | None
+
+    def result(self) -> list[Sampled]:
+        """One for each chunk that draws a token, in the plan's order."""
+        if self.drawn is None:
+            return []
+        tokens: list[int] = self.drawn.tokens.tolist()
+        if self.drawn.logprobs is None:
+            return [Sampled(token, None) for token in tokens]
+        logprobs = _token_logprobs(self.chunks, self.drawn)
+        return [Sampled(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True)]
+
+
+class Runner:
+    """Executes plans on one device. `rows_of` gives a resident adapter's rows in the pool by digest."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        attention: AttentionBackend,
+        sampler: Sampler,
+        pool: AdapterPool,
+        rows_of: Callable[[str], Ranges],
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._attention = attention
+        self._sampler = sampler
+        self._pool = pool
+        self._rows_of = rows_of
+        self._device = cache.k.device
+
+    @torch.inference_mode()
+    def execute(self, plan: Plan) -> StepHandle:
+        """Start a step; on a CPU it is over on return, on a GPU its kernels are queued."""
+        for seq in plan.admitted:
+            assert seq.row is not None, f"{seq.request_id} admitted without a row"
+            self._sampler.admit(seq.row, seq.sampling, seq.prompt, seq.output)
+        batch = self._batch(plan)
+        drawing = tuple(chunk for chunk in plan.chunks if chunk.samples)
+        logits = self._model.forward(batch, self._cache)
+        if not drawing:
+            return StepHandle((), None)
+        rows = [_row(chunk) for chunk in drawing]
+        steps = [chunk.start + chunk.length - len(chunk.seq.prompt) for chunk in drawing]
+        return StepHandle(drawing, self._sampler.sample(logits, rows, steps))
+
+    def _batch(self, plan: Plan) -> ForwardBatch:
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        sample_index: list[int] = []
+        pending: list[tuple[int, int]] = []  # (index in the batch, row) of tokens that only the device knows yet
+        decodes: list[AttentionChunk] = []
+        prefills: list[AttentionChunk] = []
+        decode_spans: list[TokenSpan] = []
+        prefill_spans: list[TokenSpan] = []
+        page_size = self._cache.page_size
+        for chunk in plan.chunks:
+            seq, stop = chunk.seq, chunk.start + chunk.length
+            known = _tokens(seq.prompt, seq.output, chunk.start, stop)
+            ids += known
+            if len(known) < chunk.length:
+                assert len(known) == chunk.length - 1, f"{seq.request_id}: more than one token is not known"
+                pending.append((len(ids), _row(chunk)))
+                ids.append(0)
+            positions += range(chunk.start, stop)
+            slots += [seq.pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, stop)]
+            if chunk.samples:
+                sample_index.append(len(ids) - 1)
+            attention = AttentionChunk(chunk.start, chunk.length, seq.pages)
+            span = TokenSpan(chunk.length, None if seq.adapter is None else self._rows_of(seq.adapter.digest))
+            is_decode = chunk.length == 1 and not prefills
+            (decodes if is_decode else prefills).append(attention)
+            (decode_spans if is_decode else prefill_spans).append(span)
+        return ForwardBatch(
+            input_ids=self._input_ids(ids, pending),
+            positions=self._tensor(positions),
+            slots=self._tensor(slots),
+            sample_index=self._tensor(sample_index),
+            attention=self._attention.plan(decodes, prefills),
+            lora=build_lora_batch(self._pool, decode_spans, prefill_spans),
+        )
+
+    def _input_ids(self, ids: list[int], pending: list[tuple[int, int]]) -> Tensor:
+        tensor = self._tensor(ids)
+        if pending:
+            index, rows = zip(*pending, strict=True)
+            tensor[self._tensor(index)] = self._sampler.last_tokens[self._tensor(rows)]
+        return tensor
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def _row(chunk: Chunk) -> int:
+    assert chunk.seq.row is not None, f"{chunk.seq.request_id} runs without a row"
+    return chunk.seq.row
+
+
+def _tokens(prompt: list[int], output: list[int], start: int, stop: int) -> list[int]:
+    """Known tokens [start, stop) of a sequence, without joining its two lists."""
+    split = len(prompt)
+    if start >= split:
+        return output[start - split : stop - split]
+    return prompt[start:stop] + output[: max(0, stop - split)]
+
+
+def _token_logprobs(chunks: Sequence[Chunk], drawn: SampledBatch) -> list[TokenLogprob | None]:
+    """Each chunk's log-probabilities, with as many alternatives as its request asked for."""
+    assert drawn.logprobs is not None, "no log-probabilities were computed"
+    logprobs: list[float] = drawn.logprobs.tolist()
+    top_ids = [[] for _ in chunks] if drawn.top_ids is None else drawn.top_ids.tolist()
+    top = [[] for _ in chunks] if drawn.top_logprobs is None else drawn.top_logprobs.tolist()
+    result: list[TokenLogprob | None] = []
+    for chunk, logprob, ids, values in zip(chunks, logprobs, top_ids, top, strict=True):
+        wanted = chunk.seq.sampling.logprobs
+        pairs = list(zip(ids, values, strict=True))
+        result.append(None if wanted is None else TokenLogprob(logprob, pairs[:wanted]))
+    return result

@@ -1,0 +1,102 @@
+"""Which tokens of a step have which adapter, as the kernels want it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.kernels import RowRun, lora_decode, lora_segment
+from server.lora.pool import AdapterPool, Ranges
+
+# A run of tokens × rank rows up to this size is cheaper as one masked product than adapter by adapter.
+MASKED_LIMIT = 1 << 16
+
+
+class TokenSpan(NamedTuple):
+    """`length` tokens that follow each other in the batch and share an adapter; `rows` None is the base."""
+
+    length: int
+    rows: Ranges | None
+
+
+class _Segment(NamedTuple):
+    start: int
+    stop: int
+    rows: Ranges
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """The low-rank term of one step: tokens [0, mixed) by masked products over row runs, the rest by segments."""
+
+    pool: AdapterPool
+    mixed: int
+    runs: tuple[RowRun, ...]
+    segments: tuple[_Segment, ...]
+
+    def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
+        """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
+        pool = self.pool.groups[group]
+        a, b, widths = pool.a[layer], [weight[layer] for weight in pool.b], pool.group.widths
+        if self.runs:
+            lora_decode(y[: self.mixed], x[: self.mixed], a, b, self.runs, widths)
+        for start, stop, rows in self.segments:
+            lora_segment(y[start:stop], x[start:stop], a, b, rows, widths)
+
+
+def build_lora_batch(pool: AdapterPool, decodes: Sequence[TokenSpan], prefills: Sequence[TokenSpan]) -> LoraBatch | None:
+    """None when no token has an adapter. Decodes come first in the batch and have length 1."""
+    spans = [*decodes, *prefills]
+    distinct = {span.rows for span in spans if span.rows is not None}
+    if not distinct:
+        return None
+    num_tokens = sum(span.length for span in spans)
+    num_rows = sum(stop - start for rows in distinct for start, stop in rows)
+    if len(distinct) == 1 and len({span.rows for span in spans}) == 1:
+        return LoraBatch(pool, 0, (), (_Segment(0, num_tokens, distinct.pop()),))
+    mixed_spans = spans if num_tokens * num_rows <= MASKED_LIMIT else list(decodes)
+    mixed = sum(span.length for span in mixed_spans)
+    device = next(iter(pool.groups.values())).a.device
+    return LoraBatch(pool, mixed, _runs(mixed_spans, device), _segments(spans[len(mixed_spans) :], mixed))
+
+
+def _runs(spans: Sequence[TokenSpan], device: torch.device) -> tuple[RowRun, ...]:
+    """Rows of the spans' adapters, neighbours joined; a hole of other adapters' rows splits a run."""
+    ranges = sorted({piece for span in spans if span.rows is not None for piece in span.rows})
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and start - joined[-1][1] < 4:  # the unused end of a page is cheaper to pass over than to leave out
+            start = joined.pop()[0]
+        joined.append((start, stop))
+    owned_of = {rows: _owned(rows, joined) for rows in {span.rows for span in spans}}
+    owned = torch.cat([owned_of[span.rows].expand(span.length, -1) for span in spans]) if spans else torch.empty(0, 0)
+    owned = owned.to(device).unsqueeze(1)  # [n, 1, rows]
+    runs: list[RowRun] = []
+    first = 0
+    for start, stop in joined:
+        runs.append(RowRun(start, stop, owned[:, :, first : first + stop - start]))
+        first += stop - start
+    return tuple(runs)
+
+
+def _owned(rows: Ranges | None, joined: Sequence[tuple[int, int]]) -> Tensor:
+    """[1, all rows of the runs] bool: those in `rows`."""
+    index = torch.cat([torch.arange(start, stop) for start, stop in joined]) if joined else torch.empty(0)
+    owned = torch.zeros(1, len(index), dtype=torch.bool)
+    for start, stop in rows or ():
+        owned[0] |= (index >= start) & (index < stop)
+    return owned
+
+
+def _segments(spans: Sequence[TokenSpan], first: int) -> tuple[_Segment, ...]:
+    segments: list[_Segment] = []
+    for span in spans:
+        if span.rows is not None:
+            if segments and segments[-1].rows == span.rows and segments[-1].stop == first:
+                segments[-1] = segments[-1]._replace(stop=first + span.length)
+            else:
+                segments.append(_Segment(first, first + span.length, span.rows))
+        first += span.length
+    return tuple(segments)

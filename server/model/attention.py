@@ -1,0 +1,109 @@
+"""Attention over the paged cache. A backend plans once a step, ahead of the layers, and runs once a layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.kernels import paged_decode_attention, prefill_attention
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionChunk:
+    """Tokens [start, start + length) of a sequence whose tokens so far lie in `pages`, in order."""
+
+    start: int
+    length: int
+    pages: Sequence[int]
+
+    @property
+    def num_keys(self) -> int:
+        return self.start + self.length
+
+
+class AttentionPlan(Protocol):
+    """One step's attention, ready to run for any layer."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [n, heads, d], k and v [n, kv_heads, d] (already in the caches [slots, kv_heads, d]) → [n, heads, d]."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """Makes plans; the chunks are in the order of the batch's tokens, decodes (length 1) first."""
+
+    def plan(self, decodes: Sequence[AttentionChunk], prefills: Sequence[AttentionChunk]) -> AttentionPlan: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """`length` queries over `slots` [keys] under `mask` [length, keys]; None, None: the whole sequence, causal."""
+
+    length: int
+    slots: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAttentionPlan:
+    """Decodes as one padded batch, prefills one by one."""
+
+    scale: float
+    num_decodes: int
+    decode_slots: Tensor
+    decode_mask: Tensor
+    prefills: list[_Prefill]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        n = self.num_decodes
+        if n == len(q):
+            return paged_decode_attention(q, k_cache, v_cache, self.decode_slots, self.decode_mask, self.scale)
+        out = torch.empty_like(q)
+        if n:
+            out[:n] = paged_decode_attention(q[:n], k_cache, v_cache, self.decode_slots, self.decode_mask, self.scale)
+        for chunk in self.prefills:
+            rows = slice(n, n + chunk.length)
+            keys, values = (k[rows], v[rows]) if chunk.slots is None else (k_cache[chunk.slots], v_cache[chunk.slots])
+            out[rows] = prefill_attention(q[rows], keys, values, chunk.mask, self.scale)
+            n = rows.stop
+        return out
+
+
+class TorchAttention:
+    """The reference backend: plain torch, any device."""
+
+    def __init__(self, scale: float, page_size: int, device: torch.device) -> None:
+        self._scale = scale
+        self._device = device
+        self._page_size = page_size
+
+    def plan(self, decodes: Sequence[AttentionChunk], prefills: Sequence[AttentionChunk]) -> TorchAttentionPlan:
+        lengths = torch.tensor([chunk.num_keys for chunk in decodes], dtype=torch.int64)
+        longest = int(lengths.max()) if decodes else 0
+        num_pages = -(-longest // self._page_size)
+        tables = [[*chunk.pages[:num_pages], *[0] * (num_pages - len(chunk.pages))] for chunk in decodes]
+        slots = self._slots(torch.tensor(tables, dtype=torch.int64).view(len(decodes), num_pages), longest)
+        mask = torch.arange(longest) < lengths[:, None]  # [n, t]
+        return TorchAttentionPlan(
+            scale=self._scale,
+            num_decodes=len(decodes),
+            decode_slots=slots.to(self._device),
+            decode_mask=mask[:, None, None, :].to(self._device),
+            prefills=[self._prefill(chunk) for chunk in prefills],
+        )
+
+    def _prefill(self, chunk: AttentionChunk) -> _Prefill:
+        """Query i of the chunk sees keys up to start + i."""
+        if chunk.start == 0:
+            return _Prefill(chunk.length, None, None)
+        slots = self._slots(torch.tensor([chunk.pages], dtype=torch.int64), chunk.num_keys)[0]
+        queries = torch.arange(chunk.start, chunk.num_keys)
+        mask = torch.arange(chunk.num_keys) <= queries[:, None]
+        return _Prefill(chunk.length, slots.to(self._device), mask.to(self._device))
+
+    def _slots(self, tables: Tensor, num_keys: int) -> Tensor:
+        """Page tables [n, pages] → cache slots [n, num_keys]."""
+        slots = tables[:, :, None] * self._page_size + torch.arange(self._page_size)
+        return slots.flatten(1)[:, :num_keys]

@@ -1,0 +1,35 @@
+"""The KV cache's tensors. Which page belongs to whom is `server.engine.pages`' matter."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from server.base.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """k and v [layers, num_pages · page_size, kv_heads, head_dim]; page p is slots p·page_size and on."""
+
+    k: Tensor
+    v: Tensor
+    page_size: int
+
+    @classmethod
+    def allocate(
+        cls, spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Self:
+        shape = (spec.num_layers, num_pages * page_size, spec.num_kv_heads, spec.head_dim)
+        # On a CPU the operating system backs these pages only once they are written.
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), page_size)
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes that one token's K and V take over all layers."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize

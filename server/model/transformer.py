@@ -1,0 +1,108 @@
+"""One decoder-only forward pass for every supported family, driven by `ModelSpec`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.base.spec import ModelSpec
+from server.kernels import PackedLinear, add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
+from server.lora.batch import LoraBatch
+from server.model.batch import ForwardBatch
+from server.model.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer; q/k/v and gate/up are one product each. Norms are [h], q_norm and k_norm [d] or None."""
+
+    input_norm: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: PackedLinear
+    post_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """embedding [vocab, h], the layers, the last norm [h] and the output head."""
+
+    embedding: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor
+    head: PackedLinear
+
+    @property
+    def num_bytes(self) -> int:
+        total = _tensor_bytes(self.embedding) + _tensor_bytes(self.norm)
+        if self.head.weight is not self.embedding:
+            total += self.head.num_bytes
+        for layer in self.layers:
+            total += sum(p.num_bytes for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
+            total += sum(_tensor_bytes(t) for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) if t is not None)
+        return total
+
+
+class Transformer:
+    """The base model: weights that never change, and a forward pass that is given everything else."""
+
+    def __init__(self, spec: ModelSpec, weights: ModelWeights, max_position: int) -> None:
+        self.spec = spec
+        self.weights = weights
+        scaling = spec.rope_scaling
+        llama3 = None
+        if scaling is not None:
+            llama3 = (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position)
+        embedding = weights.embedding
+        self._cos, self._sin = rope_table(
+            spec.head_dim, max_position, spec.rope_theta, llama3, embedding.dtype, embedding.device
+        )
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Logits [samples, vocab] of the tokens in batch.sample_index, in the model's dtype; K and V go to the cache."""
+        eps = self.spec.rms_eps
+        cos = self._cos[batch.positions].unsqueeze(1)  # [n, 1, d]
+        sin = self._sin[batch.positions].unsqueeze(1)
+        residual = F.embedding(batch.input_ids, self.weights.embedding)
+        x = rms_norm(residual, self.weights.layers[0].input_norm, eps)
+        for index, layer in enumerate(self.weights.layers):
+            x = self._attend(index, layer, x, cos, sin, batch, cache)
+            x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
+            x = _linear(layer.gate_up, x, batch.lora, "gate_up", index)
+            x = _linear(layer.down, silu_mul(x), batch.lora, "down", index)
+            last = index + 1 == len(self.weights.layers)
+            x, residual = add_rms_norm(x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps)
+        return self.weights.head(x[batch.sample_index])
+
+    def _attend(
+        self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> Tensor:
+        spec = self.spec
+        heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        n = x.shape[0]
+        qkv = _linear(layer.qkv, x, batch.lora, "qkv", index).view(n, heads + 2 * kv_heads, d)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split([heads, kv_heads], dim=1)
+            qk = torch.cat([rms_norm(q, layer.q_norm, spec.rms_eps), rms_norm(k, layer.k_norm, spec.rms_eps)], dim=1)
+        q, k = apply_rope(qk, cos, sin).split([heads, kv_heads], dim=1)
+        k_cache, v_cache = cache.k[index], cache.v[index]
+        k_cache.index_copy_(0, batch.slots, k)
+        v_cache.index_copy_(0, batch.slots, v)
+        attended = batch.attention.run(q, k, v, k_cache, v_cache)
+        return _linear(layer.o, attended.reshape(n, heads * d), batch.lora, "o", index)
+
+
+def _linear(weight: PackedLinear, x: Tensor, lora: LoraBatch | None, group: str, layer: int) -> Tensor:
+    y = weight(x)
+    if lora is not None:
+        lora.add(y, x, group, layer)
+    return y
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
