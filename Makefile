@@ -6,7 +6,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-STUBS := protos/lorikeet/v1
 
 .PHONY: demo serve test lint check proto bench install
 .DEFAULT_GOAL := test
@@ -23,8 +22,8 @@ test: $(VENV)/.installed-dev
 lint: check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/buf lint protos
-	$(BIN)/python protos/generate.py --check
+	$(BIN)/buf lint
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/proto --check
 
 # What the design promises and a machine can check: who may import whom, and the types.
 check: $(VENV)/.installed-dev
@@ -32,7 +31,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 proto: $(VENV)/.installed-dev
-	$(BIN)/python protos/generate.py
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/proto
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,0 +1,125 @@
+"""`lorikeet serve`: options to config, then the server until it is told to stop."""
+
+import asyncio
+import logging
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from server.cli.options import Base, Debug, Json, Store, parse_size
+from server.cli.output import print_json, print_note
+
+
+class Dtype(StrEnum):
+    """What --dtype takes."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class LogLevel(StrEnum):
+    """What --log-level takes."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def serve(
+    base: Base = None,
+    store: Store = None,
+    host: Annotated[
+        str,
+        typer.Option(help="Address to listen on. There is no authentication: beyond loopback, put a proxy in front."),
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="gRPC port; 0 takes any free one.")] = 50051,
+    metrics_host: Annotated[str, typer.Option(help="Address of the Prometheus page.")] = "127.0.0.1",
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes any free one.")] = 9400,
+    device: Annotated[
+        str,
+        typer.Option(metavar="auto|cpu|cuda[:N]", help="What the engine runs on; auto takes a GPU if there is one."),
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's.")] = Dtype.AUTO,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Longest prompt and output together [the base's own].")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests that run at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Most that wait; past it they are refused.")] = 256,
+    max_batch_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Most tokens of one step [chosen from the device].")
+    ] = None,
+    kv_cache_memory: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for the KV cache, as 2GiB [chosen].")
+    ] = None,
+    adapter_memory: Annotated[
+        int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for adapters, as 512MiB [chosen].")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine [all cores].")] = None,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="On SIGTERM or Ctrl-C, how long running requests may finish."),
+    ] = 30.0,
+    no_prefix_caching: Annotated[
+        bool, typer.Option("--no-prefix-caching", help="Do not keep KV pages of earlier prompts.")
+    ] = False,
+    no_reflection: Annotated[bool, typer.Option("--no-reflection", help="Do not answer gRPC reflection.")] = False,
+    log_level: Annotated[LogLevel, typer.Option(help="How much to log on stderr.")] = LogLevel.WARNING,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Serve a base model and every adapter in the store, until SIGTERM or Ctrl-C.
+
+    One line says when it is ready, with the ports; with --json that line is an object:
+    {"event": "ready", "host": …, "port": …, "metrics_port": …, "base": …, "store": …}.
+    """
+    from adapters.registry import AdapterRegistry
+    from adapters.store import AdapterStore, default_store_root
+    from server.base.resolve import resolve_base
+    from server.config import EngineConfig, ServeConfig
+    from server.rpc.server import serve as serve_rpc
+
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    model = resolve_base(base, print_note)
+    root = store or default_store_root()
+    config = ServeConfig(
+        engine=EngineConfig(
+            base_path=str(model.path),
+            base_digest=model.digest,
+            device=device,
+            dtype=dtype.value,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            max_waiting=max_waiting,
+            kv_cache_bytes=kv_cache_memory,
+            adapter_cache_bytes=adapter_memory,
+            prefix_caching=not no_prefix_caching,
+            num_threads=threads,
+        ),
+        base_name=model.name,
+        store=str(root),
+        host=host,
+        port=port,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+        grace=grace,
+        reflection=not no_reflection,
+    )
+
+    def announce(grpc_port: int, page_port: int) -> None:
+        if json:
+            ready = {"event": "ready", "host": host, "port": grpc_port, "metrics_port": page_port}
+            print_json(ready | {"base": model.name, "store": str(root)})
+        else:
+            metrics = f"http://{metrics_host}:{page_port}/metrics"
+            print(f"ready: {model.name} on {host}:{grpc_port}, metrics on {metrics}", flush=True)
+
+    registry = AdapterRegistry(AdapterStore(root), model.digest)
+    asyncio.run(serve_rpc(config, model, registry, on_started=announce))
