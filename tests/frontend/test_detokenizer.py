@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.frontend.tokenizers_for_tests import byte_level_tokenizer, sentencepiece_tokenizer, words_tokenizer
 from tokenizers import Tokenizer, decoders
 
 from server.errors import UnsupportedModel
 from server.frontend.detokenizer import Detokenizer, TokenBytes
+from tests.frontend.tokenizers_for_tests import byte_level_tokenizer, sentencepiece_tokenizer, words_tokenizer
 
 BYTE_LEVEL = byte_level_tokenizer()
 SENTENCEPIECE = sentencepiece_tokenizer()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.frontend.tokenizers_for_tests import byte_level_tokenizer, sentencepiece_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.errors import BaseModelError, InvalidRequest
 from server.frontend.tokenizer import Tokenizer
 from server.frontend.types import ChatMessage
+from tests.frontend.tokenizers_for_tests import byte_level_tokenizer, sentencepiece_tokenizer
 
 CHATML = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
 {{ '<|im_start|>system
@@ -205,7 +205,8 @@ def test_broken_files_are_named(tmp_path: Path, file: str | None, content: str, 
 def test_the_front_end_imports_neither_torch_nor_transformers_nor_protobuf() -> None:
     program = (
         "import sys, importlib, pkgutil, server.frontend as package\n"
-        "for module in pkgutil.iter_modules(package.__path__): importlib.import_module('server.frontend.' + module.name)\n"
+        "names = [module.name for module in pkgutil.iter_modules(package.__path__)]\n"
+        "for name in names: importlib.import_module('server.frontend.' + name)\n"
         "print(*{name.split('.')[0] for name in sys.modules}, 'google.protobuf' in sys.modules)"
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
