@@ -126,24 +126,32 @@ def _plain_config(config: Any) -> dict[str, Any]:
 
 
 def _save_tokenizer(gguf: Path, directory: Path, max_length: int) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja.
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja, built from the GGUF's own fields.
 
-    The file names its splitting rule (`tokenizer.ggml.pre`: "smollm"), which transformers does not read:
-    each digit stands alone before the byte-level split. Without it runs of spaces before digits differ.
+    Not through transformers: 5.17 takes the wrong end token from this file, and no version reads its splitting
+    rule (`tokenizer.ggml.pre`: "smollm"), under which each digit stands alone before the byte-level split.
     """
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
+    from gguf import GGUFReader
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    fields = GGUFReader(gguf).fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ")) for merge in merges]))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, split])
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
-    names = ("bos_token", "eos_token", "pad_token", "unk_token")
-    special = {name: str(getattr(tokenizer, name)) for name in names}
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    control = 3  # gguf.TokenType.CONTROL
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == control]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    ggml_names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    special = {f"{k}_token": tokens[fields[f"tokenizer.ggml.{v}_token_id"].contents()] for k, v in ggml_names.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, **special}
     _write_json(directory / "tokenizer_config.json", settings)
-    (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    template = fields["tokenizer.chat_template"].contents()
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
