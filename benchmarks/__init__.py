@@ -1,0 +1,1 @@
+"""Timings against peers and floors; results are JSON lines under `results/`."""

@@ -77,6 +77,7 @@ def build_engine(config: EngineConfig, channel: Channel, progress: Callable[[str
     memory = {"weights": weights.num_bytes, "adapters": pool.num_rows * pool.row_bytes, "kv": cache.num_bytes}
     return Engine(
         scheduler=scheduler,
+        pages=pages,
         runner=runner,
         adapters=adapters,
         channel=channel,

@@ -28,6 +28,7 @@ from server.engine.messages import (
     ToFrontend,
     UnloadAdapter,
 )
+from server.engine.pages import PageManager
 from server.engine.plan import Plan
 from server.engine.runner import Runner, StepHandle
 from server.engine.scheduler import Scheduler
@@ -55,6 +56,7 @@ class Engine:
         self,
         *,
         scheduler: Scheduler,
+        pages: PageManager,
         runner: Runner,
         adapters: AdapterCache,
         channel: Channel,
@@ -63,6 +65,7 @@ class Engine:
         overlap: int,
     ) -> None:
         self._scheduler = scheduler
+        self._pages = pages
         self._runner = runner
         self._adapters = adapters
         self._channel = channel
@@ -71,6 +74,7 @@ class Engine:
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
         self._load_calls: dict[str, list[str]] = {}  # digest → calls that wait for it
         self._stopping = False
+        self._idle = True  # the last step found nothing to run: only a message or an adapter can change that
         self._last_stats: Stats | None = None
         self._stats_due = 0.0
         self.ready = ready
@@ -92,16 +96,12 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.execute(plan)))
+        self._idle = not self._in_flight
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap):
             done, handle = self._in_flight.popleft()
             outputs = self._scheduler.commit(done, handle.result())
             if outputs:
                 self._channel.send(StepOutputs(outputs))
-
-    @property
-    def has_work(self) -> bool:
-        """Whether a step now would do anything, but for adapters that are still being read."""
-        return bool(self._in_flight) or self._scheduler.can_schedule
 
     def handle(self, message: ToEngine) -> None:
         match message:
@@ -124,6 +124,7 @@ class Engine:
                     prompt=message.prompt,
                     sampling=message.sampling,
                     stopping=message.stopping,
+                    submitted_at=time.monotonic(),
                     adapter=message.adapter,
                 )
             )
@@ -161,7 +162,7 @@ class Engine:
                 self._channel.send(RequestFailed(request_id, payload))
 
     def _wait(self) -> float:
-        if self.has_work:
+        if not self._idle:
             return 0.0
         return LOADING_WAIT if self._adapters.is_loading else IDLE_WAIT
 
@@ -176,7 +177,7 @@ class Engine:
             self._channel.send(stats)
 
     def stats(self) -> Stats:
-        scheduler, pages = self._scheduler, self._scheduler.pages
+        scheduler, pages = self._scheduler, self._pages
         return Stats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -184,8 +185,8 @@ class Engine:
             pages_total=pages.num_pages,
             adapters=self._adapters.snapshot(),
             memory=self._memory,
-            prefix_hit_tokens=pages.hit_tokens,
-            prefix_query_tokens=pages.query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
             preemptions=scheduler.preemptions,
             adapter_loads=self._adapters.num_loads,
             adapter_load_failures=self._adapters.num_failures,

@@ -67,8 +67,7 @@ class Runner:
         if not drawing:
             return StepHandle((), None)
         rows = [_row(chunk) for chunk in drawing]
-        steps = [chunk.start + chunk.length - len(chunk.seq.prompt) for chunk in drawing]
-        return StepHandle(drawing, self._sampler.sample(logits, rows, steps))
+        return StepHandle(drawing, self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing]))
 
     def _batch(self, plan: Plan) -> ForwardBatch:
         ids: list[int] = []
@@ -76,35 +75,31 @@ class Runner:
         slots: list[int] = []
         sample_index: list[int] = []
         pending: list[tuple[int, int]] = []  # (index in the batch, row) of tokens that only the device knows yet
-        decodes: list[AttentionChunk] = []
-        prefills: list[AttentionChunk] = []
-        decode_spans: list[TokenSpan] = []
-        prefill_spans: list[TokenSpan] = []
+        attention: list[AttentionChunk] = []
+        spans: list[TokenSpan] = []
         page_size = self._cache.page_size
         for chunk in plan.chunks:
-            seq, stop = chunk.seq, chunk.start + chunk.length
-            known = _tokens(seq.prompt, seq.output, chunk.start, stop)
+            seq = chunk.seq
+            known = seq.tokens(chunk.start, chunk.stop)
             ids += known
             if len(known) < chunk.length:
                 assert len(known) == chunk.length - 1, f"{seq.request_id}: more than one token is not known"
                 pending.append((len(ids), _row(chunk)))
                 ids.append(0)
-            positions += range(chunk.start, stop)
-            slots += [seq.pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, stop)]
+            positions += range(chunk.start, chunk.stop)
+            slots += [seq.pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, chunk.stop)]
             if chunk.samples:
                 sample_index.append(len(ids) - 1)
-            attention = AttentionChunk(chunk.start, chunk.length, seq.pages)
-            span = TokenSpan(chunk.length, None if seq.adapter is None else self._rows_of(seq.adapter.digest))
-            is_decode = chunk.length == 1 and not prefills
-            (decodes if is_decode else prefills).append(attention)
-            (decode_spans if is_decode else prefill_spans).append(span)
+            attention.append(AttentionChunk(chunk.start, chunk.length, seq.pages))
+            spans.append(TokenSpan(chunk.length, None if seq.adapter is None else self._rows_of(seq.adapter.digest)))
+        split = plan.num_decodes
         return ForwardBatch(
             input_ids=self._input_ids(ids, pending),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             sample_index=self._tensor(sample_index),
-            attention=self._attention.plan(decodes, prefills),
-            lora=build_lora_batch(self._pool, decode_spans, prefill_spans),
+            attention=self._attention.plan(attention[:split], attention[split:]),
+            lora=build_lora_batch(self._pool, spans[:split], spans[split:]),
         )
 
     def _input_ids(self, ids: list[int], pending: list[tuple[int, int]]) -> Tensor:
@@ -122,14 +117,6 @@ class Runner:
 def _row(chunk: Chunk) -> int:
     assert chunk.seq.row is not None, f"{chunk.seq.request_id} runs without a row"
     return chunk.seq.row
-
-
-def _tokens(prompt: list[int], output: list[int], start: int, stop: int) -> list[int]:
-    """Known tokens [start, stop) of a sequence, without joining its two lists."""
-    split = len(prompt)
-    if start >= split:
-        return output[start - split : stop - split]
-    return prompt[start:stop] + output[: max(0, stop - split)]
 
 
 def _token_logprobs(chunks: Sequence[Chunk], drawn: SampledBatch) -> list[TokenLogprob | None]:

@@ -1,0 +1,129 @@
+"""Time the engine in-process, one JSON line a case, with the keys of the peers' scripts.
+
+    python -m benchmarks.engine --model DIR --adapters DIR [--prompt 32] [--new 32]
+
+A case is batch × adapters: `batch` sequences over as many distinct adapters (0: none), greedy, with random prompts.
+`prefill_ms` is the time to all first tokens; `step_ms` is that of one decode step, from the difference of two runs.
+`--adapters` holds PEFT directories a0, a1, …
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+from server.base.resolve import resolve_base
+from server.config import EngineConfig
+from server.engine.build import build_engine
+from server.engine.engine import Engine
+from server.engine.messages import (
+    AdapterRef,
+    LoadAdapter,
+    CallDone,
+    RequestFailed,
+    SamplingParams,
+    StepOutputs,
+    StopParams,
+    Submit,
+    ToEngine,
+    ToFrontend,
+)
+
+CASES = ((1, 0), (16, 0), (1, 1), (16, 1), (16, 16))
+
+
+class Collector:
+    """Stands where the front end would: keeps what the engine sends."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.num_ended = 0
+        self.calls_done = 0
+
+    def receive(self, timeout: float) -> Iterable[ToEngine]:
+        return ()
+
+    def send(self, message: ToFrontend) -> None:
+        match message:
+            case StepOutputs(outputs):
+                self.num_tokens += sum(len(output.token_ids) for output in outputs)
+                self.num_ended += sum(output.finish_reason is not None for output in outputs)
+            case RequestFailed():
+                raise RuntimeError(message.error.message)
+            case CallDone():
+                if message.error is not None:
+                    raise RuntimeError(message.error.message)
+                self.calls_done += 1
+
+
+class Bench:
+    """An engine with the wanted adapters resident."""
+
+    def __init__(self, engine: Engine, collector: Collector, vocab: int, adapters: list[AdapterRef], prompt: int) -> None:
+        self._engine = engine
+        self._collector = collector
+        self._vocab = vocab
+        self._adapters = adapters
+        self._prompt = prompt
+        self._rng = random.Random(0)
+        for index, adapter in enumerate(adapters):
+            engine.handle(LoadAdapter(str(index), adapter))
+        while collector.calls_done < len(adapters):
+            engine.step()
+
+    def run(self, batch: int, new: int, adapters: int) -> float:
+        """Seconds for `batch` sequences of `new` tokens each."""
+        sampling, stopping = SamplingParams(temperature=0.0, seed=0), StopParams(max_tokens=new, ignore_eos=True)
+        ended = self._collector.num_ended
+        prompts = [[self._rng.randrange(1000, self._vocab) for _ in range(self._prompt)] for _ in range(batch)]
+        began = time.perf_counter()
+        for i, prompt in enumerate(prompts):
+            adapter = self._adapters[i % adapters] if adapters else None
+            self._engine.handle(Submit(f"{i}", prompt, sampling, stopping, adapter))
+        while self._collector.num_ended < ended + batch:
+            self._engine.step()
+        return time.perf_counter() - began
+
+    def case(self, batch: int, adapters: int, new: int) -> dict[str, object]:
+        self.run(batch, 4, adapters)
+        first, whole = self.run(batch, 1, adapters), self.run(batch, 1 + new, adapters)
+        step = (whole - first) / new
+        return {
+            "peer": f"lorikeet {version('lorikeet')}",
+            "mode": "lora",
+            "batch": batch,
+            "adapters": adapters,
+            "prefill_ms": round(first * 1e3, 1),
+            "step_ms": round(step * 1e3, 2),
+            "decode_tok_s": round(batch / step, 1),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a model directory; the embedded default when absent")
+    parser.add_argument("--adapters", type=Path, required=True)
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--new", type=int, default=32)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    base = resolve_base(args.model)
+    collector = Collector()
+    config = EngineConfig(
+        base_path=str(base.path), base_digest=base.digest, device=args.device, max_num_seqs=16, prefix_caching=False,
+        max_batch_tokens=512,
+    )
+    engine = build_engine(config, collector)
+    count = max(adapters for _, adapters in CASES)
+    refs = [AdapterRef(f"sha256:{i:064x}", str(args.adapters / f"a{i}")) for i in range(count)]
+    bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
+    for batch, adapters in CASES:
+        print(json.dumps(bench.case(batch, adapters, args.new)), flush=True)
+    engine.check_integrity()
+
+
+if __name__ == "__main__":
+    main()
