@@ -1,0 +1,1 @@
+"""What an adapter is and where it lives. Imports neither torch nor anything of the server."""

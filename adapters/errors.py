@@ -3,6 +3,7 @@
     LorikeetError                 INTERNAL
     └── AdapterError
         ├── InvalidAdapterId      INVALID_ARGUMENT     the id is malformed
+        ├── InvalidPage           INVALID_ARGUMENT     page_size or page_token of a listing; `field` names it
         ├── AdapterNotFound       NOT_FOUND            no such name, label or version
         ├── InvalidAdapter        FAILED_PRECONDITION  the files are broken or do not fit; `faults` lists all
         │   ├── UnsupportedAdapter                     well formed, but uses what is not honoured (DoRA, bias, …)
@@ -47,6 +48,17 @@ class InvalidAdapterId(AdapterError):
 
     code = "INVALID_ARGUMENT"
     reason = "ADAPTER_ID_INVALID"
+
+
+class InvalidPage(AdapterError):
+    """A page size or page token that cannot be used."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "REQUEST_INVALID"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+        self.field = field
 
 
 class AdapterNotFound(AdapterError):

@@ -1,0 +1,70 @@
+"""The content of a version: what its digest is made of, its description, and whether it is still intact."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapters.files import hash_file
+from adapters.layout import AdapterLayout
+from adapters.manifest import FileInfo, Manifest, TrainingInfo, canonical_json, utc_now
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
+
+_FORMAT = "lorikeet-adapter-v1"
+
+
+def content_digest(base_digest: str, files: Mapping[str, FileInfo]) -> str:
+    """`sha256:<hex>` over each file's digest and the base's: an adapter is its content and what it was made for."""
+    description = {
+        "format": _FORMAT,
+        "base_digest": base_digest,
+        "files": {name: info.sha256 for name, info in files.items()},
+    }
+    return "sha256:" + hashlib.sha256(canonical_json(description)).hexdigest()
+
+
+def describe(
+    directory: Path,
+    layout: AdapterLayout,
+    linears: Mapping[str, tuple[int, int]],
+    base_digest: str,
+    base_name: str,
+    training: TrainingInfo | None,
+) -> Manifest:
+    """The manifest of a checked directory."""
+    files = {
+        name: FileInfo(sha256=hash_file(directory / name), size_bytes=(directory / name).stat().st_size)
+        for name in (CONFIG_FILE, WEIGHTS_FILE)
+    }
+    ranks = tuple(sorted({module.rank for module in layout.modules.values()}))
+    return Manifest(
+        digest=content_digest(base_digest, files),
+        base_digest=base_digest,
+        base_name=base_name,
+        rank=ranks[-1],
+        ranks=ranks,
+        alpha=float(json.loads((directory / CONFIG_FILE).read_bytes()).get("lora_alpha", 8)),
+        target_modules=tuple(sorted({path.rpartition(".")[2] for path in layout.modules})),
+        dtype=layout.dtype,
+        num_parameters=sum(module.rank * sum(linears[path]) for path, module in layout.modules.items()),
+        size_bytes=sum(info.size_bytes for info in files.values()),
+        created_at=utc_now(),
+        files=files,
+        training=training,
+    )
+
+
+def damage(directory: Path, manifest: Manifest) -> list[str]:
+    """What differs from the manifest, one line a file; empty when the version is intact. Reads every byte."""
+    faults = []
+    for name, info in manifest.files.items():
+        try:
+            found = hash_file(directory / name)
+        except OSError as error:
+            faults.append(f"{name}: {error.strerror}")
+            continue
+        if found != info.sha256:
+            faults.append(f"{name}: its sha256 is {found}, not {info.sha256}")
+    if content_digest(manifest.base_digest, manifest.files) != manifest.digest:
+        faults.append("the manifest's digest is not that of its files")
+    return faults

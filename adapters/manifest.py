@@ -1,0 +1,67 @@
+"""What is known of an adapter version besides its tensors, as canonical JSON beside them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TypeVar
+
+import msgspec
+
+MANIFEST_FILE = "manifest.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingInfo:
+    """How the adapter came to be. `method` as the trainer names it ("lora", "qlora"); `base_quantization` the format
+    the base had while training ("nf4"), None for none."""
+
+    method: str
+    base_quantization: str | None = None
+    hyperparameters: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileInfo:
+    """A file of a version: the sha256 of its bytes (hex) and how many they are."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """An immutable version. `rank` is the largest of `ranks`, the distinct ranks in rising order; `target_modules` the
+    distinct layer names ("q_proj"); `dtype` as in safetensors; `created_at` RFC 3339 in UTC; sizes are bytes."""
+
+    digest: str
+    base_digest: str
+    base_name: str
+    rank: int
+    ranks: tuple[int, ...]
+    alpha: float
+    target_modules: tuple[str, ...]
+    dtype: str
+    num_parameters: int
+    size_bytes: int
+    created_at: str
+    files: Mapping[str, FileInfo]
+    training: TrainingInfo | None = None
+
+
+def canonical_json(value: object) -> bytes:
+    """Keys sorted, no spaces, UTF-8: equal values give equal bytes."""
+    return msgspec.json.encode(value, order="sorted")
+
+
+def decode_json(raw: bytes, kind: type[T]) -> T:
+    """The inverse, checked against the fields' types. Raises ValueError."""
+    return msgspec.json.decode(raw, type=kind)
+
+
+def utc_now() -> str:
+    """This moment in RFC 3339, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
