@@ -1,0 +1,44 @@
+"""What the services need of the layers below, so that they can be run on anything that has it."""
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+
+from adapters.store import Version
+from server.engine.messages import Ready
+from server.frontend.types import Delta, GenerateRequest
+
+
+class Backend(Protocol):
+    """Generates, and holds adapters; `server.frontend.frontend.Frontend` in a real server.
+
+    Its methods raise LorikeetError for what a user is to hear of: ShuttingDown once `stop` was called,
+    EngineUnavailable while there is no engine. `stop` can be called again, to end sooner or for nothing.
+    """
+
+    @property
+    def info(self) -> Ready | None: ...
+
+    @property
+    def ready(self) -> bool: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self, grace: float) -> None: ...
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]: ...
+
+    async def load_adapter(self, adapter_id: str) -> Version: ...
+
+    async def unload_adapter(self, adapter_id: str) -> Version: ...
+
+    def on_ready_change(self, callback: Callable[[bool], None]) -> None: ...
+
+    def residency(self, digest: str) -> str: ...
+
+
+class Registry(Protocol):
+    """The published adapters; `adapters.registry.AdapterRegistry` in a real server."""
+
+    def resolve(self, adapter_id: str) -> Version: ...
+
+    def list(self, page_size: int, page_token: str) -> tuple[list[Version], str]: ...

@@ -1,0 +1,97 @@
+"""Binds a service's coroutines to its descriptor: parsing, the call around each, serialization.
+
+The generated `add_…_to_server` would let a request that does not parse end as UNKNOWN with the text of a Python
+exception; here it ends as INVALID_ARGUMENT and names the field.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, cast
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor, ServiceDescriptor
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from server.errors import InvalidRequest
+from server.rpc.call import Call, Calls, Context
+
+# Takes the request and its call. A unary method returns the response; a streaming one sends with `call.write`.
+Method = Callable[[Any, Call], Awaitable[Message | None]]
+
+
+def service_handler(
+    service: ServiceDescriptor, methods: Mapping[str, Method], calls: Calls, *, while_draining: bool = False
+) -> grpc.GenericRpcHandler:
+    """The handler of a service, to be added to a server. `while_draining`: answer also while the server stops."""
+    assert set(methods) == set(service.methods_by_name), f"{service.full_name} has other methods than {set(methods)}"
+    handlers = {
+        name: _method_handler(service.methods_by_name[name], method, calls, while_draining)
+        for name, method in methods.items()
+    }
+    return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+def _method_handler(
+    descriptor: MethodDescriptor, method: Method, calls: Calls, while_draining: bool
+) -> grpc.RpcMethodHandler[Any, Any]:
+    async def handle(request: Message | InvalidRequest, context: Context) -> Message | None:
+        async with Call(calls, descriptor.name, context) as call:
+            if not while_draining:
+                call.refuse_if_draining()
+            if isinstance(request, InvalidRequest):
+                raise request
+            return await method(request, call)
+
+    make = grpc.unary_stream_rpc_method_handler if descriptor.server_streaming else grpc.unary_unary_rpc_method_handler
+    response = message_factory.GetMessageClass(descriptor.output_type)
+    return make(
+        handle,
+        request_deserializer=_parser(message_factory.GetMessageClass(descriptor.input_type)),
+        response_serializer=response.SerializeToString,
+    )
+
+
+def _parser(request: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
+    descriptor = cast(Descriptor, request.DESCRIPTOR)  # typeshed leaves upb's own class open
+
+    def parse(data: bytes) -> Message | InvalidRequest:
+        try:
+            return request.FromString(data)
+        except DecodeError:
+            field = _field_without_utf8(descriptor, data)
+            if field is not None:
+                return InvalidRequest(field, "is not valid UTF-8")
+            return InvalidRequest("request", f"does not parse as {descriptor.full_name}")
+
+    return parse
+
+
+def _field_without_utf8(descriptor: Descriptor, data: bytes) -> str | None:
+    """The path of the first string field that is not UTF-8, None if there is none or the data is no message."""
+    empty = Empty()
+    try:
+        empty.MergeFromString(data)  # keeps every field as unknown, with its bytes
+    except DecodeError:
+        return None
+    unknown_fields = UnknownFieldSet(empty)
+    for unknown in (unknown_fields[index] for index in range(len(unknown_fields))):
+        field = descriptor.fields_by_number.get(unknown.field_number)
+        if field is None or not isinstance(unknown.data, bytes):
+            continue
+        if field.type == FieldDescriptor.TYPE_STRING and not _is_utf8(unknown.data):
+            return field.name
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
+            inner = _field_without_utf8(field.message_type, unknown.data)
+            if inner is not None:
+                return f"{field.name}.{inner}"
+    return None
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,23 @@
+"""Where a serving process is put together: metrics, front end, gRPC."""
+
+from collections.abc import Callable
+
+from adapters.registry import AdapterRegistry
+from server.base.resolve import BaseModel
+from server.config import ServeConfig
+from server.frontend.frontend import Frontend
+from server.metrics import Metrics
+from server.rpc.lifecycle import run
+
+
+async def serve(
+    config: ServeConfig, base: BaseModel, registry: AdapterRegistry, *, on_started: Callable[[int, int], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let what runs finish within `config.grace` seconds; a second signal ends
+    at once. `on_started` is called with the gRPC and the metrics port when requests are taken.
+
+    Raises ConfigError for a port that cannot be had, EngineUnavailable when the engine does not start.
+    """
+    metrics = Metrics()
+    backend = Frontend(config, base, registry, metrics)
+    await run(config, base, backend, registry, metrics, on_started=on_started)

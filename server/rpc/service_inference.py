@@ -1,0 +1,61 @@
+"""InferenceService: generations, whole or streamed."""
+
+from collections.abc import Mapping
+from contextlib import aclosing
+
+from google.protobuf.message import Message
+
+from adapters.ids import parse_adapter_id
+from lorikeet.v1 import inference_pb2
+from server.errors import InvalidRequest
+from server.frontend.types import Delta, GenerateRequest
+from server.rpc import convert
+from server.rpc.backend import Backend
+from server.rpc.call import Call
+from server.rpc.handlers import Method
+
+DESCRIPTOR = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+
+ADAPTER_METADATA = "x-adapter"
+
+
+class InferenceService:
+    """Passes requests down and deltas up. A call that ends early closes its generation, wherever it stands."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        return {"Generate": self.generate, "StreamGenerate": self.stream_generate}
+
+    async def generate(self, message: inference_pb2.GenerateRequest, call: Call) -> Message:
+        request = _request(message, call)
+        async with aclosing(self._backend.generate(request)) as generation:
+            deltas = [delta async for delta in generation]
+        _note(deltas[-1], request, call)
+        return convert.whole_response(deltas, request.request_id)
+
+    async def stream_generate(self, message: inference_pb2.StreamGenerateRequest, call: Call) -> None:
+        request = _request(message, call)
+        request_id, write = request.request_id, call.write
+        async with aclosing(self._backend.generate(request)) as generation:
+            async for delta in generation:
+                if call.adapter is None or delta.finish_reason is not None:
+                    _note(delta, request, call)
+                await write(convert.stream_response(delta, request_id))
+
+
+def _request(message: convert.AnyGenerateRequest, call: Call) -> GenerateRequest:
+    """Raises InvalidRequest; also for an adapter in the metadata that is not the request's."""
+    routed = call.metadata(ADAPTER_METADATA)
+    if routed is not None and routed != message.adapter_id:
+        raise InvalidRequest("adapter_id", f"differs from the adapter in the metadata key {ADAPTER_METADATA}")
+    return convert.generate_request(message)
+
+
+def _note(delta: Delta, request: GenerateRequest, call: Call) -> None:
+    """What a delta tells about the call: that its adapter exists, and at the end how long it waited."""
+    call.adapter = parse_adapter_id(request.adapter_id).name if request.adapter_id else ""
+    if delta.timings is not None:
+        call.queue_seconds = delta.timings.queue
