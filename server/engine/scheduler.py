@@ -106,7 +106,6 @@ class Scheduler:
         self._by_id[seq.request_id] = seq
         self._waiting.push(seq)
         if seq.adapter is not None and seq.digest not in self._loading:
-            self._adapters.request(seq.adapter)
             if self._adapters.acquire(seq.digest):
                 self._adapters.release(seq.digest)
             else:

@@ -1,0 +1,585 @@
+"""Each rule of the scheduler by itself, then all of them at once against random traffic."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
+
+from server.engine.messages import TokenLogprob
+from server.engine.plan import Plan, Sampled
+from server.engine.sequence import Sequence, State
+from server.errors import InvalidRequest, ServerBusy
+from tests.engine.scheduler_world import EOS, World, alone
+
+BOTH = pytest.mark.parametrize("overlap", [False, True])
+
+
+def shape(plan: Plan | None) -> list[tuple[str, int, int]]:
+    return [] if plan is None else [(chunk.seq.request_id, chunk.start, chunk.length) for chunk in plan.chunks]
+
+
+# What a step is made of
+
+
+@BOTH
+def test_one_sequence_makes_the_tokens_it_makes_alone(overlap: bool):
+    world = World()
+    world.submit([1, 2, 3], max_tokens=7)
+    world.drain(overlap)
+    assert len(world.outputs["r0"]) == 7
+
+
+def test_decodes_come_first_then_running_prefills_then_admissions():
+    world = World(max_batch_tokens=8, max_num_seqs=4)
+    world.submit([1] * 4, max_tokens=9)
+    world.step(overlap=False)
+    world.submit([2] * 12, max_tokens=9)
+    world.submit([3] * 3, max_tokens=9)
+    plan = world.plan()
+    assert shape(plan) == [("r0", 4, 1), ("r1", 0, 7)]
+    assert plan is not None
+    assert plan.num_decodes == 1
+    assert [seq.request_id for seq in plan.admitted] == ["r1"]
+    assert [chunk.samples for chunk in plan.chunks] == [True, False]
+    world.commit()
+    plan = world.plan()
+    assert shape(plan) == [("r0", 5, 1), ("r1", 7, 5), ("r2", 0, 2)]
+    assert plan is not None
+    assert [chunk.samples for chunk in plan.chunks] == [True, True, False]
+
+
+def test_a_long_prefill_never_keeps_a_decode_waiting():
+    world = World(max_batch_tokens=4, max_num_seqs=4, max_model_len=64)
+    world.submit([1], max_tokens=20)
+    world.step(overlap=False)
+    world.submit([2] * 60, max_tokens=2)
+    for produced in range(2, 12):
+        world.step(overlap=False)
+        assert len(world.outputs["r0"]) == produced
+
+
+def test_overlap_plans_a_decode_on_a_token_not_yet_known():
+    world = World()
+    seq = world.submit([1, 2], max_tokens=3)
+    world.plan()
+    assert shape(world.plan()) == [("r0", 2, 1)]
+    assert seq.output == []
+    world.commit()
+    assert len(seq.output) == 1
+
+
+@pytest.mark.parametrize(("max_tokens", "max_model_len"), [(1, 64), (9, 4)])
+def test_what_certainly_ends_with_its_pending_token_is_not_planned_again(max_tokens: int, max_model_len: int):
+    world = World(max_model_len=max_model_len)
+    world.submit([1, 2, 3], max_tokens=max_tokens)
+    world.plan()
+    assert world.plan() is None
+    [output] = world.commit()
+    assert output.finish_reason == "length"
+    world.check_idle()
+
+
+def test_no_step_takes_more_tokens_than_the_budget():
+    world = World(max_batch_tokens=5, max_num_seqs=5)
+    for index in range(9):
+        world.submit([index % 5 + 1] * (3 + index), max_tokens=5)
+    while world.scheduler.has_work:
+        plan = world.plan()
+        assert plan is not None
+        assert plan.num_tokens <= 5
+        world.commit()
+
+
+# How sequences end
+
+
+def find_stop(world: World, prompt: list[int], at: int) -> int:
+    """A seed with which the first stop token is the output number `at`, among sixteen."""
+    for seed in range(10_000):
+        probe = World().submit(prompt, max_tokens=16, seed=seed, ignore_eos=False)
+        if len(alone(probe, world.max_model_len)[0]) == at:
+            return seed
+    raise AssertionError("no seed found")
+
+
+@BOTH
+def test_eos_ends_with_stop_and_is_the_last_token(overlap: bool):
+    world = World()
+    world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 3), ignore_eos=False)
+    world.drain(overlap)
+    assert [out.token_ids for out in world.outputs["r0"]][-1] == [EOS]
+    assert [out.finish_reason for out in world.outputs["r0"]] == [None, None, "stop"]
+
+
+def test_eos_is_a_token_like_others_when_ignored():
+    world = World()
+    world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 3), ignore_eos=True)
+    world.drain()
+    assert len(world.outputs["r0"]) == 16
+
+
+def test_stop_token_ids_hold_even_when_eos_is_ignored():
+    world = World()
+    probe = World().submit([5], max_tokens=16)
+    tokens, _ = alone(probe, 64)
+    world.submit([5], max_tokens=16, stop_token_ids=(tokens[3],))
+    world.drain()
+    assert world.outputs["r0"][-1].finish_reason == "stop"
+    assert world.outputs["r0"][-1].token_ids == [tokens[3]]
+    assert len(world.outputs["r0"]) == tokens.index(tokens[3]) + 1
+
+
+def test_the_token_planned_after_an_unforeseen_end_is_discarded_and_its_pages_kept_until_then():
+    world = World()
+    seq = world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 1), ignore_eos=False)
+    world.plan()
+    world.plan()
+    assert [output.finish_reason for output in world.commit()] == ["stop"]
+    assert seq.pages
+    assert world.pages.num_used == 1
+    assert world.commit() == []
+    world.check_idle()
+    assert seq.output == [EOS]
+
+
+def test_logprobs_travel_with_their_token():
+    world = World()
+    world.submit([1], max_tokens=1)
+    plan = world.plan()
+    assert plan is not None
+    [output] = world.scheduler.commit(plan, [Sampled(3, TokenLogprob(-0.5, [(3, -0.5)]))])
+    assert output.logprobs == [TokenLogprob(-0.5, [(3, -0.5)])]
+
+
+def test_timings_split_queue_load_prefill_and_decode():
+    world = World(max_batch_tokens=4, max_num_seqs=1)
+    world.submit([1] * 8, "a", max_tokens=3)
+    for _ in range(4):
+        assert world.plan() is None  # the clock goes on by one each
+    world.adapters.finish_load("a")
+    for _ in range(4):
+        world.plan()
+        world.now += 9.0
+        world.commit()
+    timings = world.outputs["r0"][-1].timings
+    assert timings is not None
+    assert (timings.queue, timings.load) == (5.0, 5.0)
+    assert (timings.prefill, timings.decode) == (21.0, 22.0)
+
+
+def test_load_is_only_the_part_of_the_queue_that_waited_for_the_adapter():
+    world = World(max_num_seqs=1)
+    world.submit([1], max_tokens=6)
+    world.submit([1], "a", max_tokens=1)
+    world.step(overlap=False)
+    world.adapters.finish_load("a")
+    world.drain(overlap=False)
+    timings = world.outputs["r1"][-1].timings
+    assert timings is not None
+    assert timings.load == 3.0
+    assert timings.queue > 10.0
+
+
+# What is refused
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_return():
+    world = World(max_num_seqs=2, max_waiting=3)
+    for _ in range(5):
+        world.submit([1])
+    with pytest.raises(ServerBusy, match="at most 3") as caught:
+        world.submit([1])
+    assert caught.value.retry_after is not None
+    assert caught.value.retry_after >= 1.0
+    world.step(overlap=False)
+    with pytest.raises(ServerBusy):
+        world.submit([1])
+    world.cancel("r0")
+    world.submit([1])
+    world.drain()
+
+
+def test_retry_after_grows_with_how_long_sequences_run():
+    waits = []
+    for seconds in (5.0, 30.0):
+        world = World(max_num_seqs=1, max_waiting=4)
+        world.submit([1], max_tokens=1)
+        world.plan()
+        world.now += seconds
+        world.commit()
+        for _ in range(5):
+            world.submit([1])
+        with pytest.raises(ServerBusy) as caught:
+            world.submit([1])
+        waits.append(caught.value.retry_after)
+    assert waits[0] < waits[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "field", "says"),
+    [
+        ([], 1, "prompt", "no tokens"),
+        ([1], 0, "max_tokens", "at least 1"),
+        ([1] * 40, 1, "prompt", "context of 40"),
+        ([1] * 33, 1, "prompt", "holds 32"),
+        ([1] * 30, 9, "max_tokens", "at most 3"),
+    ],
+)
+def test_what_could_never_run_is_refused(prompt: list[int], max_tokens: int, field: str, says: str):
+    world = World(num_pages=8, page_size=4, max_model_len=40)
+    with pytest.raises(InvalidRequest, match=says) as caught:
+        world.submit(prompt, max_tokens=max_tokens)
+    assert caught.value.field == field
+    assert not world.scheduler.has_work
+
+
+def test_what_just_fits_the_whole_pool_runs():
+    world = World(num_pages=8, page_size=4, max_model_len=40)
+    world.submit([1] * 30, max_tokens=3)
+    world.submit([1] * 32, max_tokens=1)
+    world.drain()
+
+
+def test_a_request_id_in_use_is_refused():
+    world = World()
+    world.submit([1])
+    world.num_submitted = 0
+    with pytest.raises(InvalidRequest, match="r0"):
+        world.submit([1])
+
+
+# Cancelling
+
+
+def test_a_waiting_sequence_is_cancelled():
+    world = World(max_num_seqs=1)
+    world.submit([1])
+    world.submit([2])
+    world.step(overlap=False)
+    world.cancel("r1")
+    assert world.scheduler.num_waiting == 0
+    world.drain()
+    world.cancel("r0")
+    world.cancel("unheard of")
+
+
+def test_cancelling_frees_at_once_what_no_plan_uses():
+    world = World(resident={"a"})
+    world.submit([1] * 9, "a", max_tokens=9)
+    world.step(overlap=False)
+    world.cancel("r0")
+    world.check_idle()
+    assert not world.scheduler.has_work
+
+
+def test_cancelling_under_way_frees_with_the_plan_that_uses_it():
+    world = World(resident={"a"})
+    world.submit([1] * 9, "a", max_tokens=9)
+    world.plan()
+    world.plan()
+    world.cancel("r0")
+    assert world.commit() == []
+    assert world.pages.num_used == 3
+    assert world.plan() is None
+    assert world.commit() == []
+    world.check_idle()
+
+
+def test_a_cancelled_id_may_be_used_again_while_it_drains():
+    world = World()
+    world.submit([1], max_tokens=9)
+    world.plan()
+    world.cancel("r0")
+    world.num_submitted = 0
+    world.submit([2], max_tokens=2)
+    world.drain()
+    assert len(world.outputs["r0"]) == 2
+
+
+@BOTH
+def test_dropping_all_leaves_nothing(overlap: bool):
+    world = World(num_pages=12, max_num_seqs=3, resident={"a"})
+    for index in range(6):
+        world.submit([index + 1] * 8, "a" if index % 2 else "", max_tokens=20)
+    world.submit([1], "absent")
+    for _ in range(12):
+        world.step(overlap)
+    if overlap:
+        world.plan()
+    assert sorted(world.scheduler.drop_all()) == sorted(world.alive)
+    world.check()
+    world.check_idle()
+    assert not world.scheduler.has_work
+    world.uncommitted.clear()
+    world.device.launched.clear()
+    world.alive.clear()
+    world.submit([1, 2, 3])
+    world.drain()
+
+
+# Adapters
+
+
+def test_who_waits_for_an_adapter_holds_nothing_and_is_overtaken():
+    world = World()
+    late = world.submit([1] * 9, "a")
+    world.submit([2])
+    assert shape(world.plan()) == [("r1", 0, 1)]
+    assert late.row is None
+    assert not late.pages
+    world.adapters.finish_load("a")
+    assert shape(world.plan())[-1] == ("r0", 0, 9)
+    world.commit()
+    world.drain()
+
+
+def test_an_adapter_is_requested_on_arrival_and_again_when_evicted_before_its_turn():
+    world = World(max_num_seqs=1)
+    world.submit([1], max_tokens=3)
+    world.step(overlap=False)
+    world.submit([2], "a")
+    assert world.adapters.requests == ["a"]
+    world.adapters.finish_load("a")
+    world.step(overlap=False)
+    world.adapters.evict("a")
+    world.adapters.requests.clear()
+    world.step(overlap=False)
+    world.step(overlap=False)
+    assert "a" in world.adapters.requests
+    world.drain()
+
+
+def test_an_adapter_evicted_before_it_is_noticed_is_requested_again():
+    world = World()
+    world.submit([1], "a")
+    world.plan()
+    world.adapters.finish_load("a")
+    world.adapters.evict("a")
+    assert world.plan() is None
+    assert world.adapters.loading == {"a"}
+    world.drain()
+
+
+def test_an_adapter_that_would_not_load_drops_its_waiting_sequences_only():
+    world = World(resident={"b"})
+    world.submit([1], "a")
+    world.submit([2], "b")
+    world.submit([3], "a")
+    assert world.fail("a") == ["r0", "r2"]
+    world.drain(load=False)
+    assert world.outputs["r1"][-1].finish_reason == "length"
+    world.submit([1], "a")
+    world.drain()
+
+
+def test_a_lease_is_held_from_admission_to_end():
+    world = World(resident={"a"})
+    world.submit([1] * 3, "a", max_tokens=2)
+    assert world.adapters.leases["a"] == 0
+    world.plan()
+    assert world.adapters.leases["a"] == 1
+    world.drain()
+    assert world.adapters.leases["a"] == 0
+
+
+# Prefixes and preemption
+
+
+def test_num_cached_is_reported_with_the_first_output():
+    world = World(page_size=4)
+    world.submit([1] * 9)
+    world.drain()
+    world.submit([1] * 9)
+    world.submit([1] * 9, "a")
+    world.drain()
+    assert [world.outputs[r][0].num_cached for r in ("r0", "r1", "r2")] == [0, 8, 0]
+    assert world.scheduler.prefix_hit_tokens == 8
+    assert world.scheduler.prefix_query_tokens == 27
+
+
+def test_an_answer_is_reused_as_the_next_turns_prefix():
+    world = World(page_size=4)
+    seq = world.submit([1] * 4, max_tokens=9)
+    world.drain()
+    world.submit(seq.prompt + seq.output + [5, 5])
+    world.drain()
+    assert world.outputs["r1"][0].num_cached == 12
+
+
+def test_a_running_sequences_pages_are_shared_once_computed():
+    world = World(page_size=4, max_batch_tokens=8)
+    first = world.submit([1] * 12, max_tokens=9)
+    world.plan()  # two pages, not yet computed
+    second = world.submit([1] * 12, max_tokens=9)
+    world.plan()
+    assert second.num_cached == 0
+    world.commit()
+    third = world.submit([1] * 12, max_tokens=9)
+    world.step(overlap=True)
+    world.plan()
+    assert third.pages[:2] == first.pages[:2]
+    world.commit()
+    world.drain()
+
+
+@BOTH
+def test_when_pages_run_out_the_newest_is_preempted_and_resumes(overlap: bool):
+    world = World(num_pages=8, page_size=2, max_num_seqs=4, max_batch_tokens=16)
+    for index in range(3):
+        world.submit([index + 1] * 3, max_tokens=12)
+    finished = []
+    while world.scheduler.has_work:
+        finished += [out.request_id for out in world.step(overlap) if out.finish_reason]
+    assert world.scheduler.preemptions > 0
+    assert finished == ["r0", "r1", "r2"]
+    world.check_idle()
+
+
+def test_a_preempted_sequence_keeps_its_drawn_token_and_gives_back_its_lease():
+    world = World(num_pages=4, page_size=2, resident={"a"}, prefix_caching=False)
+    world.submit([1, 1], max_tokens=6)
+    victim = world.submit([2, 2], "a", max_tokens=6)
+    world.plan()
+    while victim.state is not State.PREEMPTED:
+        assert victim.state is State.RUNNING
+        world.plan()
+        if len(world.uncommitted) == 2 and victim.state is not State.PREEMPTED:
+            world.commit()
+    drawn = len(victim.output)
+    while victim.state is State.PREEMPTED:
+        assert world.adapters.leases["a"] == 1
+        world.commit()
+    assert len(victim.output) == drawn + 1
+    assert victim.state is State.WAITING
+    assert world.adapters.leases["a"] == 0
+    world.drain()
+
+
+@BOTH
+def test_a_stream_of_short_ones_does_not_starve_a_long_one(overlap: bool):
+    """The long one needs most of the pool; short ones keep coming, from its own adapter and from another."""
+    world = World(num_pages=10, page_size=4, max_num_seqs=4, resident={"a"})
+    for _ in range(4):
+        world.submit([1, 2], "a", max_tokens=4)
+    long = world.submit([3] * 30, max_tokens=8)
+    for _ in range(100):
+        world.submit([4], "a", max_tokens=3)
+        world.submit([5], max_tokens=3)
+        world.step(overlap)
+        if long.state is State.ENDED:
+            return
+    raise AssertionError("starved")
+
+
+# Everything at once
+
+DIGESTS = ["", "", "a", "b", "c"]
+
+
+class Traffic(RuleBasedStateMachine):
+    """Any order of arrivals, cancels, loads, evictions, refusals and half steps, in a pool that is too small."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(
+        num_pages=st.integers(4, 14),
+        page_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 4),
+        spare_tokens=st.integers(0, 8),
+        prefix_caching=st.booleans(),
+        max_model_len=st.sampled_from([6, 24]),
+    )
+    def start(
+        self,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        spare_tokens: int,
+        prefix_caching: bool,
+        max_model_len: int,
+    ) -> None:
+        self.world = World(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_num_seqs + spare_tokens,
+            prefix_caching=prefix_caching,
+            max_waiting=12,
+            max_model_len=max_model_len,
+            resident={"a"},
+        )
+
+    @rule(
+        target=sequences,
+        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=9),
+        digest=st.sampled_from(DIGESTS),
+        max_tokens=st.integers(1, 12),
+        seed=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        stop_token_ids=st.sampled_from([(), (4,)]),
+    )
+    def submit(
+        self,
+        prompt: list[int],
+        digest: str,
+        max_tokens: int,
+        seed: int,
+        ignore_eos: bool,
+        stop_token_ids: tuple[int, ...],
+    ) -> Sequence | None:
+        try:
+            return self.world.submit(
+                prompt,
+                digest,
+                max_tokens=max_tokens,
+                seed=seed,
+                ignore_eos=ignore_eos,
+                stop_token_ids=stop_token_ids,
+            )
+        except (ServerBusy, InvalidRequest):
+            return None
+
+    @rule(seq=sequences)
+    def cancel(self, seq: Sequence | None) -> None:
+        if seq is not None:
+            self.world.cancel(seq.request_id)
+
+    @rule()
+    def plan(self) -> None:
+        if len(self.world.uncommitted) < 2:
+            self.world.plan()
+
+    @rule()
+    def commit(self) -> None:
+        if self.world.uncommitted:
+            self.world.commit()
+
+    @rule(overlap=st.booleans(), count=st.integers(1, 6))
+    def steps(self, overlap: bool, count: int) -> None:
+        for _ in range(count):
+            if len(self.world.uncommitted) == 2:
+                self.world.commit()
+            self.world.step(overlap)
+
+    @rule(digest=st.sampled_from(DIGESTS[2:]))
+    def load(self, digest: str) -> None:
+        self.world.adapters.finish_load(digest)
+
+    @rule(digest=st.sampled_from(DIGESTS[2:]))
+    def evict(self, digest: str) -> None:
+        self.world.adapters.evict(digest)
+
+    @rule(digest=st.sampled_from(DIGESTS[2:]))
+    def fail(self, digest: str) -> None:
+        if digest in self.world.adapters.loading:
+            self.world.fail(digest)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            if len(self.world.uncommitted) == 2:
+                self.world.commit()
+            self.world.drain()
+
+
+TestTraffic = Traffic.TestCase
+TestTraffic.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
