@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli.exits import ExitCode, Failure
 from server.cli.options import DEFAULT_SERVER, Base, Debug, Json, Server, Store, Timeout, help_if_alone
 from server.cli.output import human_size, print_fields, print_json, print_note, print_table, short_digest
 
 if TYPE_CHECKING:
-    from adapters.store import Version
+    from adapters.store import AdapterStore, Version
     from lorikeet.v1.adapter_pb2 import Adapter
 
 AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="name, name@label or name@sha256:…")]
@@ -61,9 +62,7 @@ def show(
 ) -> None:
     """Show one version of an adapter."""
     if store is not None:
-        from adapters.store import AdapterStore
-
-        fields = version_fields(AdapterStore(store).resolve(adapter))
+        fields = version_fields(_open(store).resolve(adapter))
     else:
         from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
         from server.cli.client import connect
@@ -84,6 +83,9 @@ def import_adapter(
     label: Annotated[str, typer.Option(help="The label to point to this version.")] = "latest",
     base: Base = None,
     store: Store = None,
+    allow_zero: Annotated[
+        bool, typer.Option("--allow-zero", help="Take one without effect too, as PEFT makes before training.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -99,6 +101,7 @@ def import_adapter(
         base_name=model.name,
         linears=model.spec.linears(),
         label=label,
+        allow_zero=allow_zero,
     )
     if json:
         print_json(version_fields(version))
@@ -144,10 +147,17 @@ def unload(
     print_json(fields) if json else print(f"unloaded {fields['name']} ({fields['digest']})")
 
 
-def _in_store(root: Path) -> list[dict[str, Any]]:
+def _open(root: Path) -> "AdapterStore":
+    """A store to read. Raises Failure where there is none: a mistyped --store is not an empty one."""
     from adapters.store import AdapterStore
 
-    store = AdapterStore(root)
+    if not root.is_dir():
+        raise Failure(f"--store {root}: no such directory", ExitCode.USAGE)
+    return AdapterStore(root)
+
+
+def _in_store(root: Path) -> list[dict[str, Any]]:
+    store = _open(root)
     return [version_fields(store.resolve(name)) for name in store.names()]
 
 

@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(code or ExitCode.OK)
     except (KeyboardInterrupt, typer.Abort):
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
+    except BrokenPipeError:  # the reader of our output left, as `head` does; nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.OK
+        return ExitCode.FAILURE
     except Exception as error:  # noqa: BLE001 (the process boundary)
         if invocation.debug:
             traceback.print_exception(error)

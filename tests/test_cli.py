@@ -1,0 +1,558 @@
+"""The command line, against a server that is real on the wire and scripted behind it."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import typer
+from google.protobuf import any_pb2, duration_pb2, timestamp_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+from safetensors.numpy import save_file
+
+from lorikeet.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+from server.cli import main
+from server.cli.exits import ExitCode
+from server.cli.options import parse_address, parse_size
+
+DIGEST = "sha256:" + "ab" * 32
+HEAVY = ("torch", "transformers", "grpc", "google.protobuf", "tokenizers", "msgspec", "jinja2", "numpy")
+
+
+@dataclass
+class FakeServer(
+    inference_pb2_grpc.InferenceServiceServicer,
+    adapter_pb2_grpc.AdapterServiceServicer,
+    server_pb2_grpc.ServerServiceServicer,
+):
+    """Answers from a script and keeps what it was asked. `refusal`, if set, is the answer to everything."""
+
+    refusal: status_pb2.Status | None = None
+    requests: list[Any] = field(default_factory=list)
+    pieces: list[inference_pb2.StreamGenerateResponse] = field(default_factory=list)
+    adapters: list[adapter_pb2.Adapter] = field(default_factory=list)
+    address: str = ""
+
+    def _take(self, request: Any, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        if self.refusal is not None:
+            context.abort_with_status(rpc_status.to_status(self.refusal))
+
+    def Generate(self, request: Any, context: grpc.ServicerContext) -> inference_pb2.GenerateResponse:
+        self._take(request, context)
+        whole = inference_pb2.GenerateResponse()
+        for piece in self.pieces:
+            whole.MergeFromString(piece.SerializeToString())
+        whole.text = "".join(piece.text for piece in self.pieces)
+        return whole
+
+    def StreamGenerate(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.StreamGenerateResponse]:
+        self._take(request, context)
+        yield from self.pieces
+
+    def ListAdapters(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.ListAdaptersResponse:
+        self._take(request, context)
+        start = int(request.page_token or 0)
+        token = str(start + 1) if start + 1 < len(self.adapters) else ""
+        return adapter_pb2.ListAdaptersResponse(adapters=self.adapters[start : start + 1], next_page_token=token)
+
+    def GetAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.GetAdapterResponse:
+        self._take(request, context)
+        return adapter_pb2.GetAdapterResponse(adapter=self.adapters[0])
+
+    def LoadAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.LoadAdapterResponse:
+        self._take(request, context)
+        return adapter_pb2.LoadAdapterResponse(adapter=self.adapters[0])
+
+    def UnloadAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.UnloadAdapterResponse:
+        self._take(request, context)
+        return adapter_pb2.UnloadAdapterResponse(adapter=self.adapters[0])
+
+    def GetServerInfo(self, request: Any, context: grpc.ServicerContext) -> server_pb2.GetServerInfoResponse:
+        self._take(request, context)
+        return server_pb2.GetServerInfoResponse(
+            version="1.2.3",
+            base=server_pb2.BaseModel(name="tiny", digest=DIGEST, family="llama", vocab_size=64),
+            device="cpu",
+            dtype="bfloat16",
+            limits=server_pb2.Limits(max_model_len=2048, kv_cache_tokens=2**40),
+        )
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    fake = FakeServer()
+    wire = grpc.server(futures.ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(fake, wire)
+    adapter_pb2_grpc.add_AdapterServiceServicer_to_server(fake, wire)
+    server_pb2_grpc.add_ServerServiceServicer_to_server(fake, wire)
+    fake.address = f"127.0.0.1:{wire.add_insecure_port('127.0.0.1:0')}"
+    wire.start()
+    monkeypatch.setenv("LORIKEET_SERVER", fake.address)
+    fake.pieces = [
+        inference_pb2.StreamGenerateResponse(text="Ahoy", token_ids=[1, 2], request_id="r", adapter_digest=DIGEST),
+        inference_pb2.StreamGenerateResponse(
+            text=", mate",
+            token_ids=[3],
+            finish_reason=common_pb2.FINISH_REASON_LENGTH,
+            usage=common_pb2.Usage(prompt_tokens=5, completion_tokens=3),
+            timings=common_pb2.Timings(decode_seconds=0.5),
+            request_id="r",
+            adapter_digest=DIGEST,
+        ),
+    ]
+    fake.adapters = [_adapter("pirate"), _adapter("json-reply")]
+    yield fake
+    wire.stop(None).wait()
+
+
+def _adapter(name: str) -> adapter_pb2.Adapter:
+    return adapter_pb2.Adapter(
+        name=name,
+        digest=DIGEST,
+        labels=["latest", "v2"],
+        rank=8,
+        alpha=16,
+        target_modules=["q_proj", "v_proj"],
+        size_bytes=3 * 2**20,
+        method="lora",
+        create_time=timestamp_pb2.Timestamp(seconds=1_800_000_000),
+        residency=adapter_pb2.Adapter.RESIDENCY_DEVICE,
+    )
+
+
+def _refusal(code: str, message: str, *details: Any) -> status_pb2.Status:
+    status = status_pb2.Status(code=code_pb2.Code.Value(code), message=message)
+    for detail in (error_details_pb2.ErrorInfo(reason="WHY", domain="lorikeet"), *details):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err.removeprefix("error: ").rstrip()
+
+
+# Starting
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["adapters", "import", "--help"]])
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    script = (
+        "import sys; from server.cli import main; code = main(sys.argv[1:]); "
+        f"print(code, [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr == "0 []\n"
+    assert "Usage: lorikeet" in done.stdout
+
+
+def test_serving_does_not_load_torch() -> None:
+    modules = ("server.rpc.server", "adapters.registry", "server.base.resolve")
+    script = f"import sys, {', '.join(modules)}; print([n for n in ('torch', 'transformers') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_help_documents_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == ExitCode.OK
+    text = capsys.readouterr().out
+    assert all(str(code.value) in text[text.index("Exit codes") :] for code in ExitCode)
+
+
+def test_without_a_command_shows_help_and_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["adapters"]):
+        assert main(arguments) == ExitCode.USAGE
+        assert "Commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nonsense"], "nonsense"),
+        (["generate"], "PROMPT"),
+        (["generate", "x", "--top-k", "-1"], "--top-k"),
+        (["generate", "x", "--raw", "--system", "y"], "--system"),
+        (["info", "--server", "localhost"], "--server"),
+        (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory"),
+        (["adapters", "import", "."], "--name"),
+    ],
+)
+def test_wrong_usage_names_the_option(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == ExitCode.USAGE
+    assert named in _error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4096", 4096), ("2GiB", 2**31), ("512M", 512 * 10**6), ("1.5 gb", 1_500_000_000), ("1ki", 1024)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "GiB", "1e9", "1 PiB", "½GiB", "1..5G"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["localhost", ":1", "a:0", "a:65536", "a b:1", "::1:50051", "a:1:2"])
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(typer.BadParameter):
+        parse_address(text)
+
+
+def test_ipv6_address() -> None:
+    assert parse_address("[::1]:50051") == "[::1]:50051"
+
+
+# Generating
+
+
+def test_generate_streams_an_answer_to_a_chat(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "Hello", "--adapter", "pirate", "--system", "Be brief.", "--temperature", "0"]
+    assert main([*arguments, "--stop", "a", "--stop", "b", "--stop-token-id", "7", "--max-tokens", "9"]) == ExitCode.OK
+    assert capsys.readouterr().out == "Ahoy, mate\n"
+    (request,) = server.requests
+    assert isinstance(request, inference_pb2.StreamGenerateRequest)
+    assert request.adapter_id == "pirate"
+    turns = [(message.role, message.content) for message in request.messages.messages]
+    assert turns == [("system", "Be brief."), ("user", "Hello")]
+    assert request.sampling.temperature == 0
+    assert request.sampling.HasField("temperature")
+    assert request.stopping == common_pb2.Stopping(max_tokens=9, stop_strings=["a", "b"], stop_token_ids=[7])
+
+
+def test_generate_leaves_out_what_is_not_asked_for(server: FakeServer) -> None:
+    """So that the server's defaults hold, not a second set of them here."""
+    assert main(["generate", "x"]) == ExitCode.OK
+    assert server.requests[0].sampling == common_pb2.Sampling()
+    assert server.requests[0].stopping == common_pb2.Stopping()
+
+
+def test_generate_raw_from_standard_input(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Où est\n".encode())))
+    assert main(["generate", "-", "--raw"]) == ExitCode.OK
+    assert server.requests[0].text == "Où est\n"
+
+
+@pytest.mark.parametrize("prompt", ["-", "\udcff"])
+def test_generate_refuses_what_is_not_utf8(
+    prompt: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert main(["generate", prompt]) == ExitCode.USAGE
+    assert _error(capsys) == "prompt: not valid UTF-8"
+
+
+def test_generate_json_is_one_object(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.pieces[1].logprobs.add(drawn=common_pb2.Logprob(token_id=3, logprob=-0.5))
+    assert main(["generate", "x", "--json", "--logprobs", "0", "--seed", "18446744073709551615"]) == ExitCode.OK
+    (request,) = server.requests
+    assert isinstance(request, inference_pb2.GenerateRequest)
+    assert request.messages.messages[0].content == "x"
+    assert request.sampling.seed == 2**64 - 1
+    assert request.sampling.HasField("logprobs")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer == {
+        "request_id": "r",
+        "adapter_digest": DIGEST,
+        "text": "Ahoy, mate",
+        "token_ids": [1, 2, 3],
+        "logprobs": [{"token_id": 3, "logprob": -0.5, "top": []}],
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": 5, "cached_prompt_tokens": 0, "completion_tokens": 3},
+        "timings": {"queue_seconds": 0, "adapter_load_seconds": 0, "prefill_seconds": 0, "decode_seconds": 0.5},
+    }
+
+
+def test_generate_json_stream_is_one_object_a_piece(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--json", "--stream"]) == ExitCode.OK
+    first, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["text"], last["text"]) == ("Ahoy", ", mate")
+    assert "finish_reason" not in first
+    assert last["finish_reason"] == "length"
+
+
+def test_both_requests_have_the_same_fields() -> None:
+    """`generate --no-stream` turns the one message into the other by its bytes."""
+    both = (inference_pb2.GenerateRequest, inference_pb2.StreamGenerateRequest)
+    one, other = ([(f.name, f.number, f.type) for f in message.DESCRIPTOR.fields] for message in both)
+    assert one == other
+
+
+def test_terminals_get_no_escape_sequences(
+    server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del server.pieces[1]
+    server.pieces[0].text = "a\x1b]0;x\x07\tb\n"
+    assert main(["generate", "x"]) == ExitCode.OK
+    assert capsys.readouterr().out == "a\x1b]0;x\x07\tb\n\n"  # a pipe gets the bytes as they are
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["generate", "x"]) == ExitCode.OK
+    assert capsys.readouterr().out == "a�]0;x�\tb\n\n"
+
+
+# Failing
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"),
+    [
+        ("INVALID_ARGUMENT", ExitCode.USAGE),
+        ("NOT_FOUND", ExitCode.NOT_FOUND),
+        ("FAILED_PRECONDITION", ExitCode.REFUSED),
+        ("RESOURCE_EXHAUSTED", ExitCode.EXHAUSTED),
+        ("UNAVAILABLE", ExitCode.UNAVAILABLE),
+        ("INTERNAL", ExitCode.FAILURE),
+    ],
+)
+@pytest.mark.parametrize("arguments", [["generate", "x"], ["generate", "x", "--json"], ["adapters", "load", "x"]])
+def test_a_refusal_is_one_line_and_a_code(
+    code: str, exit_code: ExitCode, arguments: list[str], server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.refusal = _refusal(code, "adapter 'x':\n  is not there")
+    assert main(arguments) == exit_code
+    assert _error(capsys) == "adapter 'x': is not there"
+
+
+def test_a_refusal_says_when_to_try_again(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    delay = duration_pb2.Duration(seconds=1, nanos=500_000_000)
+    server.refusal = _refusal("RESOURCE_EXHAUSTED", "256 requests wait", error_details_pb2.RetryInfo(retry_delay=delay))
+    assert main(["generate", "x"]) == ExitCode.EXHAUSTED
+    assert _error(capsys) == "256 requests wait (try again in 1.5 s)"
+
+
+def test_debug_shows_the_traceback(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.refusal = _refusal("NOT_FOUND", "nothing there")
+    for arguments in (["--debug", "generate", "x"], ["generate", "x", "--debug"]):
+        assert main(arguments) == ExitCode.NOT_FOUND
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback")
+        assert lines[-1] == "error: nothing there"
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--server", "127.0.0.1:1"]) == ExitCode.UNAVAILABLE
+    assert "lorikeet serve" in _error(capsys)
+
+
+def test_timeout(server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(request: Any, context: grpc.ServicerContext) -> None:
+        done = futures.Future[None]()
+        context.add_callback(lambda: done.set_result(None))
+        done.result()
+
+    monkeypatch.setattr(server, "_take", wait)
+    assert main(["generate", "x", "--timeout", "0.2"]) == ExitCode.TIMEOUT
+    assert "--timeout" in _error(capsys)
+
+
+def test_a_bug_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("server.cli.info.print_fields", broken)
+    monkeypatch.setattr("server.cli.client.connect", broken)
+    assert main(["info"]) == ExitCode.FAILURE
+    assert "ZeroDivisionError: two lines" in _error(capsys)
+
+
+def test_the_reader_may_leave_early(server: FakeServer) -> None:
+    server.pieces[:1] = [inference_pb2.StreamGenerateResponse(text="line\n" * 2000)] * 200
+    command = (
+        f"{sys.executable} -m server.cli generate x --server {server.address} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("line\n1\n", "")
+
+
+# Server and adapters
+
+
+def test_info(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == ExitCode.OK
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["base"] == {"name": "tiny", "digest": DIGEST, "family": "llama", "vocab_size": 64}
+    assert fields["limits"]["kv_cache_tokens"] == 2**40
+    assert main(["info"]) == ExitCode.OK
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["base.name"] == "tiny"
+    assert "quantization" not in lines
+
+
+def test_list_reads_every_page(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "list", "--json"]) == ExitCode.OK
+    entries = json.loads(capsys.readouterr().out)["adapters"]
+    assert [entry["name"] for entry in entries] == ["pirate", "json-reply"]
+    assert entries[0]["labels"] == ["latest", "v2"]
+    assert entries[0]["create_time"] == "2027-01-15T08:00:00+00:00"
+    assert entries[0]["residency"] == "device"
+    assert main(["adapters", "list"]) == ExitCode.OK
+    header, _, first, second = capsys.readouterr().out.splitlines()[:4]
+    assert header.split()[:2] == ["name", "digest"]
+    assert first.split()[:4] == ["pirate", "abababababab", "latest,", "v2"]
+    assert second.startswith("json-reply")
+
+
+@pytest.mark.parametrize(("command", "said"), [("show", "digest"), ("load", "loaded"), ("unload", "unloaded")])
+def test_commands_on_one_adapter(
+    command: str, said: str, server: FakeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapters", command, "pirate@v2"]) == ExitCode.OK
+    assert server.requests[0].adapter_id == "pirate@v2"
+    out = capsys.readouterr().out
+    assert said in out
+    assert DIGEST in out
+    assert main(["adapters", command, "pirate@v2", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["digest"] == DIGEST
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base that can be described and hashed, one layer of width 8."""
+    directory = tmp_path / "base"
+    directory.mkdir()
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 32,
+        "max_position_embeddings": 64,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({"model.embed_tokens.weight": np.zeros((32, 8), np.float32)}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def peft_adapter(tmp_path: Path) -> Callable[[float], Path]:
+    """Makes the directory of a rank 2 adapter on q_proj whose every weight is `value`."""
+
+    def make(value: float) -> Path:
+        directory = tmp_path / f"peft-{value}"
+        directory.mkdir()
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors = {f"{prefix}.lora_A.weight": (2, 8), f"{prefix}.lora_B.weight": (8, 2)}
+        filled = {name: np.full(shape, value, np.float32) for name, shape in tensors.items()}
+        save_file(filled, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        return directory
+
+    return make
+
+
+def test_import_list_and_show_in_a_store(
+    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ["--store", str(tmp_path / "store"), "--json"]
+    published = []
+    for value, label in ((1.0, "latest"), (2.0, "next")):
+        command = ["adapters", "import", str(peft_adapter(value)), "--name", "pirate", "--label", label]
+        assert main([*command, "--base", str(base), *place]) == ExitCode.OK
+        published.append(json.loads(capsys.readouterr().out))
+    assert published[0]["digest"] != published[1]["digest"]
+    assert main(["adapters", "list", *place]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == {"adapters": [published[0]]}
+    assert main(["adapters", "show", "pirate@next", *place]) == ExitCode.OK
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["digest"] == published[1]["digest"]
+    assert (shown["rank"], shown["alpha"], shown["target_modules"]) == (2, 4, ["q_proj"])
+    assert shown["residency"] is None
+    assert main(["adapters", "show", "nobody", *place]) == ExitCode.NOT_FOUND
+    assert "nobody" in _error(capsys)
+
+
+def test_import_says_what_it_published(
+    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapters", "import", str(peft_adapter(1.0)), "--name", "pirate", "--label", "canary"]
+    assert main([*command, "--base", str(base), "--store", str(tmp_path / "store")]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("published pirate@canary (sha256:")
+
+
+def test_import_takes_an_adapter_without_effect_only_when_told(
+    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["adapters", "import", str(peft_adapter(0.0)), "--name", "blank", "--store", str(tmp_path / "store")]
+    assert main([*command, "--base", str(base)]) == ExitCode.REFUSED
+    assert main([*command, "--base", str(base), "--allow-zero"]) == ExitCode.OK
+
+
+def test_import_refuses_an_adapter_that_does_not_fit(
+    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = peft_adapter(float("nan"))
+    command = ["adapters", "import", str(broken), "--name", "pirate", "--store", str(tmp_path / "store")]
+    assert main([*command, "--base", str(base)]) == ExitCode.REFUSED
+    assert "lora_A" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "store").glob("names/*"))
+
+
+def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["list"], ["show", "x"]):
+        assert main(["adapters", *command, "--store", str(tmp_path / "stroe")]) == ExitCode.USAGE
+        assert "stroe" in _error(capsys)
+
+
+# Serving
+
+
+def test_serve_reads_its_options(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    async def serve(config: Any, model: Any, registry: Any, *, on_started: Callable[[int, int], None]) -> None:
+        seen.append((config, model))
+        on_started(1234, 5678)
+
+    monkeypatch.setattr("server.rpc.server.serve", serve)
+    store = tmp_path / "store"
+    command = ["serve", "--base", str(base), "--store", str(store), "--device", "cpu", "--dtype", "float32", "--json"]
+    limits = ["--kv-cache-memory", "64MiB", "--max-num-seqs", "3", "--no-prefix-caching", "--grace", "1.5"]
+    assert main([*command, *limits, "--port", "0"]) == ExitCode.OK
+    ready = json.loads(capsys.readouterr().out)
+    assert (ready["event"], ready["port"], ready["metrics_port"]) == ("ready", 1234, 5678)
+    ((config, model),) = seen
+    assert (config.port, config.grace, config.store) == (0, 1.5, str(store))
+    assert config.engine.base_path == str(base)
+    assert config.engine.base_digest == model.digest
+    assert (config.engine.device, config.engine.dtype, config.engine.max_num_seqs) == ("cpu", "float32", 3)
+    assert config.engine.kv_cache_bytes == 64 * 2**20
+    assert config.engine.prefix_caching is False
+
+
+def test_serve_refuses_a_base_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--base", str(tmp_path)]) == ExitCode.REFUSED
+    assert str(tmp_path) in _error(capsys)
