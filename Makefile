@@ -34,7 +34,7 @@ proto: $(VENV)/.installed-dev
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/proto
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.engine $(ARGS)
 
 install: $(VENV)/.installed-dev
 
