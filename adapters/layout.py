@@ -4,11 +4,12 @@
 is; whatever could make the result silently wrong raises, with all faults listed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.errors import UnsupportedAdapter
+from adapters.patterns import UnsafePattern
 from adapters.peft_config import EMBEDDINGS, LoraSettings, parse_settings, unsupported_settings
 from adapters.validation import (
     CONFIG_FILE,
@@ -75,7 +76,7 @@ def read_layout(
         if isinstance(settings, LoraSettings):
             unsupported += [
                 f"{CONFIG_FILE}: target_modules takes in {path}, and adapters of embeddings are not supported"
-                for path in settings.targets(EMBEDDINGS)
+                for path in _targets(settings, EMBEDDINGS)
             ]
         unsupported += [f"{name}: {kind} is not supported" for name in entries if (kind := _unsupported_kind(name))]
         if unsupported:
@@ -85,6 +86,13 @@ def read_layout(
         modules = _bind(settings, entries, linears)
         _check_values(fd, modules, entries, allow_zero)
     return AdapterLayout(modules=modules, dtype=common_dtype({entry.dtype for entry in entries.values()}))
+
+
+def _targets(settings: LoraSettings, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
+    try:
+        return settings.targets(modules)
+    except UnsafePattern as error:
+        raise refuse(f"{CONFIG_FILE}: the patterns of target_modules, rank_pattern or alpha_pattern: {error}") from None
 
 
 def _unsupported_kind(name: str) -> str:
@@ -107,7 +115,7 @@ def _bind(
     modules: dict[str, LoraModule] = {}
     faults: list[str] = []
     unbound = dict(entries)
-    for path, (rank, scaling) in settings.targets(linears).items():
+    for path, (rank, scaling) in _targets(settings, linears).items():
         out_features, in_features = linears[path]
         keys = f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
         modules[path] = LoraModule(rank, scaling, *keys)

@@ -7,11 +7,11 @@ The meaning of the target and pattern keys is that of PEFT 0.21 (`check_target_m
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapters.patterns import Pattern, UnsafePattern, compile_pattern
+from adapters.patterns import Pattern, PatternCompiler, UnsafePattern
 from adapters.validation import CONFIG_FILE
 
 ALL_LINEAR = "all-linear"
@@ -90,10 +90,15 @@ class LoraSettings:
     layers_pattern: tuple[str, ...]
 
     def targets(self, modules: Iterable[str]) -> dict[str, tuple[int, float]]:
-        """The modules that the config adapts, among `modules` (paths in the base) → (rank, scaling)."""
-        matches, excludes = self._matcher(self.target_modules), self._matcher(self.exclude_modules or frozenset())
-        ranks = [(compile_pattern(suffix_pattern(key)), value) for key, value in self.rank_pattern.items()]
-        alphas = [(compile_pattern(suffix_pattern(key)), value) for key, value in self.alpha_pattern.items()]
+        """The modules that the config adapts, among `modules` (paths in the base) → (rank, scaling).
+
+        Raises UnsafePattern when matching takes too long.
+        """
+        patterns = PatternCompiler()
+        matches = self._matcher(self.target_modules, patterns)
+        excludes = self._matcher(self.exclude_modules or frozenset(), patterns)
+        ranks = [(patterns.compile(suffix_pattern(key)), value) for key, value in self.rank_pattern.items()]
+        alphas = [(patterns.compile(suffix_pattern(key)), value) for key, value in self.alpha_pattern.items()]
         found: dict[str, tuple[int, float]] = {}
         for path in modules:
             if excludes(path) or not matches(path) or not self._layer_matches(path):
@@ -103,11 +108,11 @@ class LoraSettings:
             found[path] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
         return found
 
-    def _matcher(self, wanted: frozenset[str] | str) -> Callable[[str], bool]:
+    def _matcher(self, wanted: frozenset[str] | str, patterns: PatternCompiler) -> Pattern:
         if isinstance(wanted, str):
             if wanted.lower() == ALL_LINEAR and wanted is self.target_modules:
                 return lambda path: path not in EMBEDDINGS
-            return compile_pattern(wanted)
+            return patterns.compile(wanted)
         suffixes = tuple(f".{entry}" for entry in wanted)
         return lambda path: path in wanted or path.endswith(suffixes)
 
@@ -188,6 +193,7 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any], max_rank: int) -> None:
         self._config = config
         self._max_rank = max_rank
+        self._patterns = PatternCompiler()
         self.faults: list[str] = []
 
     def fault(self, key: str, problem: str) -> None:
@@ -231,12 +237,11 @@ class _Reader:
         self.fault(key, "must be a list of names or a pattern")
         return None
 
-    def pattern(self, key: str, expression: str) -> Pattern | None:
+    def pattern(self, key: str, expression: str) -> None:
         try:
-            return compile_pattern(expression)
+            self._patterns.compile(expression)
         except UnsafePattern as error:
-            self.fault(key, f"has the pattern {expression!r:.80}: {error}")
-            return None
+            self.fault(key, f"has the pattern {expression!r:.80}, but {error}")
 
     def layers(self) -> frozenset[int] | None:
         value = self._config.get("layers_to_transform")

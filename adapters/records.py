@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterNotFound
-from adapters.ids import AdapterId
+from adapters.ids import DEFAULT_LABEL, AdapterId
 
 _HISTORY_LENGTH = 256
 
@@ -47,7 +47,7 @@ class NameRecord:
     def with_label(self, label: str, digest: str, at: str) -> "NameRecord":
         """The record after `label` moved to `digest`; the same record when it is there already."""
         previous = self.labels.get(label)
-        if previous == digest and digest in self.versions:
+        if previous == digest:
             return self
         move = LabelMove(label=label, digest=digest, previous=previous, at=at)
         return replace(
@@ -56,3 +56,9 @@ class NameRecord:
             versions=self.versions if digest in self.versions else (*self.versions, digest),
             history=(*self.history, move)[-_HISTORY_LENGTH:],
         )
+
+
+def new_record(name: str, label: str, digest: str, at: str) -> NameRecord:
+    """A name's first record. `latest` is set whatever the label, so that a bare name always means something."""
+    empty = NameRecord(name=name, labels={}, versions=())
+    return empty.with_label(DEFAULT_LABEL, digest, at).with_label(label, digest, at)

@@ -16,9 +16,8 @@ MAX_PAGE_SIZE = 1000
 
 @dataclass(frozen=True, slots=True)
 class AdapterEntry:
-    """A name in the store. `version` is what the bare name means (its label `latest`), or else the newest version;
-    `labels` maps label → digest; `digests` are all versions, the newest first; `matches_base` is whether `version`
-    was made for the base being served."""
+    """A name in the store. `version` is what the bare name means (its label `latest`); `labels` maps label → digest;
+    `digests` are all versions, the newest first; `matches_base` is whether `version` was made for the base served."""
 
     name: str
     version: Version
@@ -40,7 +39,7 @@ class _Known:
 class AdapterRegistry:
     """Sees a publication from the moment its label has moved. `base_name` only makes messages readable.
 
-    For one thread. Raises StoreUnavailable when the store's disk fails.
+    May be used from several threads. Raises StoreUnavailable when the store's disk fails.
     """
 
     def __init__(self, store: AdapterStore, base_digest: str, base_name: str = "the base being served") -> None:
@@ -65,18 +64,17 @@ class AdapterRegistry:
     def get(self, name: str) -> AdapterEntry:
         """One name, whatever base it was made for. Raises InvalidAdapterId, AdapterNotFound."""
         known = self._current(check_name(name))
-        record = known.record
-        version = self._version(known, record.labels.get(DEFAULT_LABEL, record.versions[-1]))
+        version = self._version(known, known.record.labels[DEFAULT_LABEL])
         return AdapterEntry(
             name=name,
             version=version,
-            labels=record.labels,
-            digests=tuple(reversed(record.versions)),
+            labels=known.record.labels,
+            digests=tuple(reversed(known.record.versions)),
             matches_base=version.manifest.base_digest == self.base_digest,
         )
 
     def list(self, page_size: int, page_token: str) -> tuple[list[AdapterEntry], str]:
-        """A page of entries by name, and the token of the next page, "" after the last (AIP-158).
+        """A page of what `get` gives, in the order of names, and the next page's token, "" after the last (AIP-158).
 
         `page_size` 0 means 50, more than 1000 means 1000. Raises InvalidPage for a negative size or a token that
         this method did not make.

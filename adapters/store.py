@@ -22,7 +22,7 @@ from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, p
 from adapters.layout import Limits, read_layout
 from adapters.manifest import MANIFEST_FILE, Manifest, TrainingInfo, canonical_json, decode_json, utc_now
 from adapters.peft_config import canonical_config
-from adapters.records import NameRecord
+from adapters.records import NameRecord, new_record
 from adapters.sources import open_source
 from adapters.staging import staging_directory
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, read_header, read_json
@@ -132,7 +132,8 @@ class AdapterStore:
         """Copy a PEFT directory into the store, check the copy, and point `name@label` at it; all or nothing.
 
         The same content for the same base is the same version: it keeps its first manifest, and only the label
-        moves. Raises InvalidAdapter and its kinds, StoreFull, StoreUnavailable.
+        moves. A name's first publication sets `latest` too. `allow_zero` takes an adapter without effect.
+        Raises InvalidAdapter and its kinds, StoreFull, StoreUnavailable.
         """
         check_name(name)
         check_label(label)
@@ -168,10 +169,13 @@ class AdapterStore:
 
     def _commit(self, stage: Path, content: Path, name: str, label: str, digest: str) -> NameRecord:
         """Put `content` into place and move the label. What needs room on the disk comes before what is seen."""
-        record, modified = self._record_for_update(name)
-        updated = record.with_label(label, digest, utc_now())
+        stamp, now = self.stamp(name), utc_now()
+        record = self.record(name) if stamp else None
+        updated = record.with_label(label, digest, now) if record else new_record(name, label, digest, now)
         if updated is not record:
-            write_file(stage / "record", canonical_json(updated), mtime_ns=max(time.time_ns(), modified + 1))
+            # Each record is later than the one before, so that `stamp` tells them apart though the clock be coarse.
+            modified = max(time.time_ns(), stamp[1] + 1 if stamp else 0)
+            write_file(stage / "record", canonical_json(updated), mtime_ns=modified)
         destination = self._version_path(digest)
         is_new = self._place(stage, content, destination)
         if updated is not record:
@@ -183,14 +187,6 @@ class AdapterStore:
                 raise
             sync_directory(self._names)
         return updated
-
-    def _record_for_update(self, name: str) -> tuple[NameRecord, int]:
-        """The record, or an empty one, and when it was written (ns). Each is given a later time than the one before,
-        so that `stamp` tells them apart even if the clock is coarse and the inode used again."""
-        stamp = self.stamp(name)
-        if stamp is None:
-            return NameRecord(name=name, labels={}, versions=()), 0
-        return self.record(name), stamp[1]
 
     def _place(self, stage: Path, content: Path, destination: Path) -> bool:
         """Move `content` to its place unless an intact copy is there; whether it was moved to an empty place."""
