@@ -8,7 +8,6 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -253,9 +252,7 @@ class MetricsPage:
     def __init__(self, metrics: Metrics, host: str, port: int) -> None:
         """Raises ConfigError when the port cannot be had; port 0 takes any free one."""
         try:
-            self._server: WSGIServer
-            self._thread: threading.Thread
-            self._server, self._thread = start_http_server(port, host, metrics.registry)
+            self._server, _ = start_http_server(port, host, metrics.registry)
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"metrics_port: cannot listen on {host} port {port}: {reason}") from error
@@ -265,7 +262,9 @@ class MetricsPage:
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Blocks until the thread has ended, at most about half a second."""
+        """Returns at once; the port is free within half a second, or when the process ends."""
+        threading.Thread(target=self._close, daemon=True).start()
+
+    def _close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()

@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+from adapters.registry import AdapterEntry
 from adapters.store import Version
 from server.engine.messages import Ready
 from server.frontend.types import Delta, GenerateRequest
@@ -41,4 +42,4 @@ class Registry(Protocol):
 
     def resolve(self, adapter_id: str) -> Version: ...
 
-    def list(self, page_size: int, page_token: str) -> tuple[list[Version], str]: ...
+    def list(self, page_size: int, page_token: str) -> tuple[list[AdapterEntry], str]: ...

@@ -35,7 +35,7 @@ def service_handler(
 
 def _method_handler(
     descriptor: MethodDescriptor, method: Method, calls: Calls, while_draining: bool
-) -> grpc.RpcMethodHandler[Any, Any]:
+) -> "grpc.RpcMethodHandler[Any, Any]":
     async def handle(request: Message | InvalidRequest, context: Context) -> Message | None:
         async with Call(calls, descriptor.name, context) as call:
             if not while_draining:

@@ -61,7 +61,7 @@ async def run(
                 await backend.stop(0.0)
                 await server.stop(FLUSH_SECONDS)
     finally:
-        await asyncio.to_thread(page.close)
+        page.close()
 
 
 def _add_services(

@@ -13,7 +13,6 @@ from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from adapters.errors import InvalidAdapter, InvalidAdapterId, LorikeetError
-from server.errors import InvalidRequest
 
 DOMAIN = "lorikeet"
 
@@ -45,8 +44,9 @@ def status_of(error: LorikeetError) -> status_pb2.Status:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after * 1e9))
         _add(status, error_details_pb2.RetryInfo(retry_delay=delay))
-    if isinstance(error, InvalidRequest):
-        _add(status, _bad_request(error.field, error.message.removeprefix(f"{error.field}: ")))
+    field = error.metadata.get("field")
+    if field is not None:
+        _add(status, _bad_request(field, error.message.removeprefix(f"{field}: ")))
     elif isinstance(error, InvalidAdapterId):
         _add(status, _bad_request("adapter_id", error.message))
     elif isinstance(error, InvalidAdapter) and error.faults:
