@@ -1,0 +1,144 @@
+"""The low-rank term of a mixed batch against an adapter-by-adapter float64 loop, over the parity grid."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.base.spec import ModelSpec
+from server.lora.batch import LoraBatch, TokenSpan, build_lora_batch
+from server.lora.pool import AdapterPool, Ranges
+from server.lora.weights import PackedAdapter, linear_groups
+
+SPEC = ModelSpec.from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+POPULARITY = ("distinct", "uniform", "zipf", "identical", "some base")
+
+
+def random_adapter(rank: int, dtype: torch.dtype, generator: torch.Generator) -> PackedAdapter:
+    def tensor(*size: int) -> Tensor:
+        return (torch.randn(*size, generator=generator) * 0.3).to(dtype)
+
+    groups = linear_groups(SPEC)
+    return PackedAdapter(
+        rank,
+        {g.name: tensor(SPEC.num_layers, rank, len(g.modules), g.in_features) for g in groups},
+        {g.name: tuple(tensor(SPEC.num_layers, rank, width) for width in g.widths) for g in groups},
+    )
+
+
+def choose(popularity: str, count: int, num_adapters: int, rng: random.Random) -> list[int | None]:
+    """Which adapter each of `count` sequences has; None is the base."""
+    if popularity == "distinct":
+        return [i % num_adapters for i in range(count)]
+    if popularity == "uniform":
+        return [rng.randrange(num_adapters) for _ in range(count)]
+    if popularity == "zipf":
+        weights = [1 / (i + 1) for i in range(num_adapters)]
+        return list(rng.choices(range(num_adapters), weights, k=count))
+    if popularity == "identical":
+        return [1] * count
+    return [rng.choice([None, 0, 2]) for _ in range(count)]
+
+
+def expected(x: Tensor, y: Tensor, adapters: list[PackedAdapter], owner: list[int | None], group: str, layer: int) -> Tensor:
+    """One adapter at a time, in float64."""
+    out = y.double().clone()
+    for which in {who for who in owner if who is not None}:
+        rows = [i for i, who in enumerate(owner) if who == which]
+        a, b = adapters[which].a[group][layer].double(), [t[layer].double() for t in adapters[which].b[group]]
+        out[rows] += torch.cat([x[rows].double() @ a[:, s].T @ b[s] for s in range(len(b))], dim=1)
+    return out
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("ranks", [(8, 8, 8, 8), (1, 3, 4, 17), (64, 2, 16, 5)], ids=str)
+@pytest.mark.parametrize("popularity", POPULARITY)
+@pytest.mark.parametrize("lengths", [(1,) * 9, (1, 1, 1, 5, 2, 11), (40, 1500)], ids=["decode", "mixed", "prefill"])
+def test_parity(dtype: torch.dtype, ranks: tuple[int, ...], popularity: str, lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(7)
+    rng = random.Random(7)
+    pool = AdapterPool(SPEC, 1 << 20, dtype, torch.device("cpu"))
+    adapters, rows = [], []
+    for rank in ranks:
+        adapters.append(random_adapter(rank, dtype, generator))
+        rows.append(allocate(pool, rank))
+        pool.write(rows[-1], adapters[-1])
+    owner = choose(popularity, len(lengths), len(ranks), rng)
+    spans = [TokenSpan(n, None if who is None else rows[who]) for n, who in zip(lengths, owner, strict=True)]
+    num_decodes = next((i for i, n in enumerate(lengths) if n > 1), len(lengths))
+    batch = build_lora_batch(pool, spans[:num_decodes], spans[num_decodes:])
+    token_owner = [who for n, who in zip(lengths, owner, strict=True) for _ in range(n)]
+    for group in linear_groups(SPEC):
+        x = torch.randn(len(token_owner), group.in_features, generator=generator).to(dtype)
+        y = torch.randn(len(token_owner), sum(group.widths), generator=generator).to(dtype)
+        want = expected(x, y, adapters, token_owner, group.name, 1)
+        assert_close(batch, y, x, group.name, want, TOLERANCE[dtype], token_owner)
+
+
+def assert_close(
+    batch: LoraBatch | None, y: Tensor, x: Tensor, group: str, want: Tensor, tolerance: float, owner: list[int | None]
+) -> None:
+    before = y.clone()
+    if batch is None:
+        assert set(owner) <= {None}
+    else:
+        batch.add(y, x, group, 1)
+    assert (y.double() - want).norm() <= tolerance * want.norm(), group
+    base = [i for i, who in enumerate(owner) if who is None]
+    assert torch.equal(y[base], before[base]), "a base token was changed"
+
+
+def allocate(pool: AdapterPool, rank: int) -> Ranges:
+    rows = pool.allocate(rank)
+    assert rows is not None
+    return rows
+
+
+def test_fragmented_rows_give_the_same_result() -> None:
+    generator = torch.Generator().manual_seed(1)
+    pool = AdapterPool(SPEC, 1 << 18, torch.float32, torch.device("cpu"))
+    small = [allocate(pool, 4) for _ in range(pool.num_rows // 4)]
+    for rows in small[::2]:
+        pool.free(rows)
+    adapter = random_adapter(14, torch.float32, generator)
+    rows = allocate(pool, 14)
+    assert len(rows) == 4, "the rows must lie in several holes for this test to say anything"
+    pool.write(rows, adapter)
+    spans = [TokenSpan(1, rows), TokenSpan(1, None), TokenSpan(1, rows)]
+    batch = build_lora_batch(pool, spans, [])
+    assert batch is not None
+    x, y = torch.randn(3, 32, generator=generator), torch.zeros(3, 64)
+    batch.add(y, x, "qkv", 0)
+    assert torch.allclose(y.double(), expected(x, torch.zeros(3, 64), [adapter], [0, None, 0], "qkv", 0), atol=1e-5)
+
+
+def test_what_other_rows_hold_never_reaches_a_token() -> None:
+    """The largest finite values in a neighbour's rows overflow its own product, and nobody else's."""
+    generator = torch.Generator().manual_seed(2)
+    pool = AdapterPool(SPEC, 1 << 18, torch.float32, torch.device("cpu"))
+    adapter = random_adapter(3, torch.float32, generator)
+    mine, theirs = allocate(pool, 3), allocate(pool, 8)
+    pool.write(mine, adapter)
+    for group in pool.groups.values():
+        for tensor in (group.a, *group.b):
+            tensor[:, theirs[0][0] : theirs[0][1]] = torch.finfo(torch.float32).max
+    batch = build_lora_batch(pool, [TokenSpan(1, mine), TokenSpan(1, theirs)], [])
+    assert batch is not None
+    x, y = torch.randn(2, 32, generator=generator), torch.zeros(2, 64)
+    batch.add(y, x, "qkv", 0)
+    want = expected(x, torch.zeros(2, 64), [adapter], [0, None], "qkv", 0)
+    assert torch.allclose(y[0].double(), want[0], atol=1e-5)
+    assert not torch.isfinite(y[1]).all()
