@@ -4,7 +4,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from server.cli.info import info
 from server.cli.options import Debug, Invocation, help_if_alone
 from server.cli.output import print_note
 from server.cli.serve import serve
+from server.version import lorikeet_version
 
 
 def build_app() -> typer.Typer:
@@ -38,7 +38,7 @@ def build_app() -> typer.Typer:
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"lorikeet {version('lorikeet')}")
+        print(f"lorikeet {lorikeet_version()}")
         raise typer.Exit
 
 
