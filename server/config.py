@@ -29,7 +29,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes."""
+    """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
+    client does not read for `stall_timeout` is ended."""
 
     engine: EngineConfig
     base_name: str
@@ -39,6 +40,7 @@ class ServeConfig:
     metrics_host: str = "127.0.0.1"
     metrics_port: int = 9400
     grace: float = 30.0
+    stall_timeout: float = 60.0
     reflection: bool = True
     max_message_bytes: int = 4 * 1024 * 1024
     max_stop_strings: int = 16

@@ -4,6 +4,7 @@
     ├── InvalidRequest      INVALID_ARGUMENT     a field of a request is out of range; `field` names it
     ├── ServerBusy          RESOURCE_EXHAUSTED   the waiting queue is full; carries retry_after
     ├── ShuttingDown        UNAVAILABLE          the server is stopping and takes no new requests
+    ├── StreamStalled       ABORTED              the client did not read its stream for too long
     ├── EngineUnavailable   UNAVAILABLE          the engine process died or is not ready yet
     ├── BaseModelError      FAILED_PRECONDITION  the base model cannot be found or read
     │   └── UnsupportedModel                     its architecture or a setting is not supported
@@ -38,6 +39,13 @@ class ShuttingDown(LorikeetError):
 
     code = "UNAVAILABLE"
     reason = "SHUTTING_DOWN"
+
+
+class StreamStalled(LorikeetError):
+    """The client did not read its stream for too long; what the answer held in the engine was given back."""
+
+    code = "ABORTED"
+    reason = "STREAM_STALLED"
 
 
 class EngineUnavailable(LorikeetError):

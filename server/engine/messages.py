@@ -187,8 +187,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
 ToFrontend = StepOutputs | RequestFailed | CallDone | Ready | Stats
 
 
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_frontend = msgspec.msgpack.Decoder(ToFrontend)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_frontend: msgspec.msgpack.Decoder[ToFrontend] = msgspec.msgpack.Decoder(ToFrontend)
 _encoder = msgspec.msgpack.Encoder()
 
 

@@ -1,1 +1,4 @@
-"""The front end: text to tokens and back, one stream a request, and the engine process. Imports neither torch nor protobuf."""
+"""The front end: prompts to tokens, tokens to text, a stream for each request, and the engine process.
+
+Imports neither torch nor protobuf.
+"""

@@ -7,7 +7,7 @@ gives a template, so that both make the same text. Knows nothing of tokens.
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -25,7 +25,7 @@ _TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Ar
 class _GenerationTag(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it only renders it."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

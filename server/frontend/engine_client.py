@@ -1,0 +1,176 @@
+"""One engine process and the socket to it, from start to end. Starting another one is `supervisor`'s."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from adapters.errors import LorikeetError
+from server.config import EngineConfig
+from server.engine.messages import Ready, Shutdown, ToEngine, ToFrontend, decode_to_frontend, encode
+from server.errors import BaseModelError, ConfigError, EngineUnavailable
+
+ENGINE_COMMAND = (sys.executable, "-m", "server.engine.process")
+
+# The exit status of an engine that refuses its base model or a setting; the reason is its `error: …` line.
+REFUSED = 3
+
+# Bytes of the longest path that a Unix socket can have, less what ZeroMQ and we add to the directory.
+_MAX_DIRECTORY = 90
+_TERMINATE_SECONDS = 3.0
+
+
+class EngineClient:
+    """Spawns `command` with `--socket ADDRESS`, the config as a line of JSON on its stdin.
+
+    `receive` is called, on the event loop, with every message but Ready. What the engine writes is passed on to
+    stderr; its `error: …` line is kept for the error that is raised instead.
+    """
+
+    def __init__(self, command: Sequence[str], config: EngineConfig, receive: Callable[[ToFrontend], None]) -> None:
+        self._command = tuple(command)
+        self._config = config
+        self._receive = receive
+        self._directory = _private_directory()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._socket.setsockopt(option, 0)
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._error_line: str | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    async def start(self) -> Ready:
+        """Returns once the engine takes sequences, however long its base model takes to load.
+
+        Raises BaseModelError when it refuses the model, EngineUnavailable when it ends otherwise; `close` it then.
+        """
+        address = f"ipc://{self._directory}/engine"
+        self._socket.bind(address)
+        self._process = process = await asyncio.create_subprocess_exec(
+            *self._command,
+            "--socket",
+            address,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C is for the front end, which then stops the engine in order
+        )
+        assert process.stdin is not None, "a pipe"
+        assert process.stdout is not None, "a pipe"
+        self._tasks = (
+            asyncio.create_task(self._read_messages(), name="engine messages"),
+            asyncio.create_task(self._pass_on(process.stdout), name="engine stderr"),
+        )
+        process.stdin.write(msgspec.json.encode(self._config) + b"\n")
+        process.stdin.close()
+        ended = asyncio.create_task(self.ended(), name="engine start")
+        try:
+            await asyncio.wait((self._ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            if not self._ready.done():
+                raise ended.result()
+            return self._ready.result()
+        finally:
+            ended.cancel()
+
+    def send(self, message: ToEngine) -> None:
+        """Never waits: the queue to the engine has no bound, and the engine reads it every step."""
+        self._socket.send(encode(message))
+
+    async def ended(self) -> LorikeetError:
+        """Waits until the engine is lost (its process ended, or it sent what is no message) and says why."""
+        assert self._process is not None, "not started"
+        reading, output = self._tasks
+        exited = asyncio.create_task(self._process.wait(), name="engine exit")
+        try:
+            await asyncio.wait((exited, reading), return_when=asyncio.FIRST_COMPLETED)
+            if not exited.done():
+                return EngineUnavailable(f"the engine sent what is no message: {reading.exception()}")
+            await asyncio.wait((output,), timeout=1.0)  # its last words
+            return self._death(exited.result())
+        finally:
+            exited.cancel()
+
+    async def close(self, patience: float = 0.0) -> None:
+        """Ends the engine: asked, given `patience` seconds, then terminated, at last killed. May be called again."""
+        process = self._process
+        if process is not None and process.returncode is None:
+            self.send(Shutdown())
+            await _exit_within(process, patience)
+            if process.returncode is None:
+                process.terminate()
+                await _exit_within(process, _TERMINATE_SECONDS)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _read_messages(self) -> None:
+        receive, socket = self._receive, self._socket
+        while True:
+            message = decode_to_frontend(await socket.recv())
+            if isinstance(message, Ready):
+                self._ready.set_result(message)
+            else:
+                receive(message)
+
+    async def _pass_on(self, output: asyncio.StreamReader) -> None:
+        rest = b""
+        while chunk := await output.read(1 << 16):
+            lines = (rest + chunk).splitlines(keepends=True)
+            rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
+            for line in lines:
+                self._pass_on_line(line)
+        self._pass_on_line(rest)
+
+    def _pass_on_line(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
+        if text.startswith("error: "):
+            self._error_line = text.removeprefix("error: ").strip()
+            return
+        with contextlib.suppress(OSError, ValueError):  # our own stderr may be gone
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def _death(self, status: int) -> LorikeetError:
+        reason = self._error_line
+        if status == REFUSED and reason is not None:
+            return BaseModelError(reason)
+        if status < 0:
+            how = f"was killed by {signal.Signals(-status).name}"
+            how += " (out of memory?)" if -status == signal.SIGKILL else ""
+        else:
+            how = f"ended with exit status {status}"
+        return EngineUnavailable(f"the engine process {how}" + (f": {reason}" if reason else ""), retry_after=5.0)
+
+
+def _private_directory() -> str:
+    """A new directory that only this user can enter."""
+    directory = tempfile.mkdtemp(prefix="lorikeet-")
+    if len(directory.encode()) > _MAX_DIRECTORY:
+        shutil.rmtree(directory)
+        raise ConfigError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for a Unix socket; set a shorter one")
+    return directory
+
+
+async def _exit_within(process: asyncio.subprocess.Process, seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await process.wait()
