@@ -14,7 +14,8 @@ Pattern = Callable[[str], bool]
 _Step = Callable[["_Run", int], int]  # positions reached before → after; a set of positions is a bit mask
 
 _MAX_LENGTH = 4096
-_MAX_STEPS = 2_000_000  # a second or so; every layer of a 100-layer model against as many keys needs a quarter
+_MAX_STEPS = 2_000_000  # a second or so; every layer of a 100-layer model against as many plain keys needs half
+_STEPS_A_NODE = 5  # what following a node costs, where one match by `re` costs 1
 # `re` finds no choice to backtrack over in these, and is faster; the second form is what a pattern key stands for.
 _PLAIN = re.compile(r"[\w.]*|\(\.\*\\\.\)\?\([\w.]*\)\$")
 _CLASSES = {
@@ -52,7 +53,7 @@ class PatternCompiler:
         try:
             compiled = re.compile(expression)
             if _PLAIN.fullmatch(expression):
-                return lambda name: self.spend() and compiled.fullmatch(name) is not None
+                return lambda name: self.spend(1) and compiled.fullmatch(name) is not None
             if compiled.flags != re.UNICODE:
                 raise UnsafePattern("flags are not supported")
             step = _sequence(importlib.import_module("re._parser").parse(expression))
@@ -62,9 +63,9 @@ class PatternCompiler:
             raise UnsafePattern("it is nested too deeply") from None
         return lambda name: bool(step(_Run(name, self), 1) >> len(name))
 
-    def spend(self) -> bool:
-        """One step of work; always true."""
-        self._steps -= 1
+    def spend(self, steps: int) -> bool:
+        """Counts work done; always true."""
+        self._steps -= steps
         if self._steps < 0:
             raise UnsafePattern("matching takes too long")
         return True
@@ -91,7 +92,7 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Step:
 
     def run(run: _Run, reached: int) -> int:
         for step in steps:
-            run.spend()
+            run.spend(_STEPS_A_NODE)
             if not (reached := step(run, reached)):
                 break
         return reached
