@@ -72,26 +72,35 @@ class Detokenizer:
     without text of its own, and a character that it leaves unfinished is finished.
     """
 
-    __slots__ = ("_decode", "_strips_start", "_token_bytes")
+    __slots__ = ("_decode", "_drop", "_token_bytes")
 
     def __init__(self, token_bytes: TokenBytes, prompt: Sequence[int]) -> None:
         self._token_bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._strips_start = token_bytes.rule.strips_start and not any(token_bytes[token] for token in prompt)
-        self.add(prompt[-3:])  # a character has at most four bytes, and a token at least one
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # A character has at most four bytes, and a token of text at least one.
+        decoder.decode(b"".join([token_bytes[token] for token in prompt[-3:]]))
+        self._decode = decoder.decode
+        # What not to show where the answer's text begins with it: the prompt's broken character, or its space.
+        self._drop = "\ufffd" if decoder.getstate()[0] else ""
+        if token_bytes.rule.strips_start and not any(token_bytes[token] for token in prompt):
+            self._drop = " "
 
     def add(self, token_ids: Iterable[int]) -> str:
         """The characters that these tokens complete."""
         token_bytes = self._token_bytes
         text = self._decode(b"".join([token_bytes[token] for token in token_ids]))
-        if self._strips_start and text:
-            self._strips_start = False
-            text = text.removeprefix(" ")
-        return text
+        return self._without_start(text) if self._drop else text
 
     def flush(self) -> str:
         """The end of the sequence: U+FFFD for a character still unfinished, else nothing."""
-        return self._decode(b"", True)
+        text = self._decode(b"", True)
+        return self._without_start(text) if self._drop else text
+
+    def _without_start(self, text: str) -> str:
+        if not text:
+            return text
+        drop, self._drop = self._drop, ""
+        return text.removeprefix(drop)
 
 
 def _read_rule(decoder: Mapping[str, Any] | None) -> _Rule:

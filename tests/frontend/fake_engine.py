@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from server.config import EngineConfig
 from server.engine.messages import (
-    Cancel,
     CallDone,
+    Cancel,
     ErrorPayload,
     LoadAdapter,
     Output,
