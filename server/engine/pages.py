@@ -72,6 +72,8 @@ class PageManager:
     def extend(self, seq: Sequence, num_tokens: int) -> bool:
         """Make the sequence's pages cover `num_tokens` positions; False, and nothing changes, if none is left."""
         num_new = self.pages_for(num_tokens) - len(seq.pages)
+        if num_new <= 0:
+            return True
         if num_new > self.num_available:
             return False
         for _ in range(num_new):
@@ -104,7 +106,6 @@ class PageManager:
                 else:
                     self._cached[page] = None
         seq.pages = []
-        seq.num_published = 0
 
     def _match(self, seq: Sequence) -> list[int]:
         if not self._prefix_caching:

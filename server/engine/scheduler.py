@@ -17,27 +17,14 @@ none is left, the newest-admitted sequence is preempted: it gives everything bac
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Protocol
 
 from server.engine.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
-from server.engine.messages import AdapterRef, Output, Timings
+from server.engine.messages import Output
 from server.engine.pages import PageManager
 from server.engine.plan import Chunk, Plan, Sampled
+from server.engine.residency import AdapterResidency, MissingAdapters
 from server.engine.sequence import Sequence, State
 from server.errors import InvalidRequest, ServerBusy
-
-
-class AdapterResidency(Protocol):
-    """Which adapters' weights are in memory. A leased one is not evicted. No method waits for a load."""
-
-    def request(self, adapter: AdapterRef) -> None:
-        """Start loading if not resident; idempotent."""
-
-    def acquire(self, digest: str) -> bool:
-        """Take a lease if resident."""
-
-    def release(self, digest: str) -> None:
-        """Give one lease back."""
 
 
 class Scheduler:
@@ -73,9 +60,9 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest admission first
         self._draining: set[Sequence] = set()
         self._uncommitted: deque[Plan] = deque()
-        self._loading: dict[str, float] = {}  # adapters with waiting sequences, not resident since this time
+        self._missing = MissingAdapters(adapters, self._waiting)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._run_seconds: float | None = None  # moving average from admission to end
+        self._run_seconds = 1.0  # from admission to end: a guess, then a moving average
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -105,11 +92,7 @@ class Scheduler:
             )
         self._by_id[seq.request_id] = seq
         self._waiting.push(seq)
-        if seq.adapter is not None and seq.digest not in self._loading:
-            if self._adapters.acquire(seq.digest):
-                self._adapters.release(seq.digest)
-            else:
-                self._await_adapter(seq.adapter, seq.submitted_at)
+        self._missing.notice(seq)
 
     def cancel(self, request_id: str) -> None:
         """End a sequence without an output; unknown ids are fine. The id may be used again at once."""
@@ -122,7 +105,7 @@ class Scheduler:
         dropped = [seq.request_id for seq in self._waiting.waiting(digest)]
         for request_id in dropped:
             self.cancel(request_id)
-        self._loading.pop(digest, None)
+        self._missing.forget(digest)
         return dropped
 
     def drop_all(self) -> list[str]:
@@ -136,7 +119,6 @@ class Scheduler:
             self._release_if_idle(seq)
         for request_id in dropped:
             self.cancel(request_id)
-        self._loading.clear()
         return dropped
 
     def _check_limits(self, seq: Sequence) -> None:
@@ -162,8 +144,7 @@ class Scheduler:
 
     def _retry_after(self) -> float:
         """Seconds until about half of the queue is served, from how long sequences run; 1 to 60."""
-        run_seconds = 1.0 if self._run_seconds is None else self._run_seconds
-        return min(max(run_seconds * self.num_waiting / (2 * self._max_num_seqs), 1.0), 60.0)
+        return min(max(self._run_seconds * self.num_waiting / (2 * self._max_num_seqs), 1.0), 60.0)
 
     # A step is planned
 
@@ -171,33 +152,28 @@ class Scheduler:
         """The next step, or None if nothing can run now. At most one earlier plan may be uncommitted."""
         assert len(self._uncommitted) <= 1, "schedule() is at most one plan ahead of commit()"
         now = self._clock()
-        self._look_for_loaded(now)
+        self._missing.refresh(now)
         chunks: list[Chunk] = []
-        had_pages = self._plan_decodes(chunks)
+        self._plan_decodes(chunks)
         num_decodes = len(chunks)
         budget = self._plan_prefills(chunks, self._max_batch_tokens - num_decodes)
-        admitted = self._plan_admissions(chunks, budget, now) if had_pages else []
+        admitted = self._plan_admissions(chunks, budget, now)
         if not chunks:
             return None
         plan = Plan(tuple(chunks), num_decodes, tuple(admitted))
         self._uncommitted.append(plan)
         return plan
 
-    def _plan_decodes(self, chunks: list[Chunk]) -> bool:
-        """Plan a token for each decoding sequence; False if any was short of pages."""
-        had_pages, index = True, 0
+    def _plan_decodes(self, chunks: list[Chunk]) -> None:
+        """Plan a token for each decoding sequence, oldest first, as far as there are pages."""
+        index = 0
         while index < len(self._running):  # preempting takes from the end
             seq = self._running[index]
             index += 1
-            if not seq.is_decoding or self._ends_with_pending(seq):
+            if not seq.is_decoding or seq.ends_with_pending(self._max_model_len):
                 continue
-            if seq.num_computed < len(seq.pages) * self._pages.page_size or self._pages.extend(seq, seq.num_tokens):
+            if self._pages.extend(seq, seq.num_tokens) or self._preempt_for(seq):
                 chunks.append(self._plan_chunk(seq, 1))
-            else:
-                had_pages = False
-                if self._preempt_for(seq):
-                    chunks.append(self._plan_chunk(seq, 1))
-        return had_pages
 
     def _plan_prefills(self, chunks: list[Chunk], budget: int) -> int:
         """Plan what the budget allows of the running prefills, oldest first; the budget left."""
@@ -216,7 +192,7 @@ class Scheduler:
             return admitted
         for seq in self._waiting.turns():
             if seq.adapter is not None and not self._adapters.acquire(seq.digest):
-                self._await_adapter(seq.adapter, now)
+                self._missing.add(seq.adapter, now)
                 continue
             # Each running sequence will soon want a page: leave it one, rather than preempt right away.
             num_cached = self._pages.allocate(seq, headroom=len(self._running))
@@ -257,9 +233,6 @@ class Scheduler:
             seq.is_decoding = True
         return Chunk(seq, start, length, samples)
 
-    def _ends_with_pending(self, seq: Sequence) -> bool:
-        return len(seq.output) + seq.num_pending >= seq.stopping.max_tokens or seq.num_tokens >= self._max_model_len
-
     # Pages run out
 
     def _preempt_for(self, seq: Sequence) -> bool:
@@ -287,36 +260,13 @@ class Scheduler:
         assert seq.row is not None, f"{seq.request_id} has no row to give back"
         self._free_rows.append(seq.row)
         seq.row = None
-        seq.num_computed = seq.num_pending = 0
+        seq.num_computed = 0
         if seq.adapter is not None:
             self._adapters.release(seq.digest)
         if seq.state is State.PREEMPTED:
             self.preemptions += 1
             seq.state = State.WAITING
             self._waiting.requeue(seq)
-
-    # Adapters load
-
-    def _await_adapter(self, adapter: AdapterRef, since: float) -> None:
-        self._adapters.request(adapter)
-        self._loading[adapter.digest] = since
-        self._waiting.park(adapter.digest)
-
-    def _look_for_loaded(self, now: float) -> None:
-        """Let the adapters that became resident take turns; ask again for the rest, which may have been evicted."""
-        for digest, since in list(self._loading.items()):
-            waiting = self._waiting.waiting(digest)
-            if waiting and not self._adapters.acquire(digest):
-                assert waiting[0].adapter is not None, "the base is always resident"
-                self._adapters.request(waiting[0].adapter)
-                continue
-            del self._loading[digest]
-            if waiting:
-                self._adapters.release(digest)
-                self._waiting.unpark(digest)
-            for seq in waiting:
-                if seq.scheduled_at is None:  # preemption is no part of the queue's time
-                    seq.load_seconds += now - max(since, seq.submitted_at)
 
     # A step is done
 
@@ -348,9 +298,11 @@ class Scheduler:
         if seq.first_token_at is None:
             seq.first_token_at = now
             num_cached = seq.num_cached
-        finish_reason, timings = self._finish_reason(seq, draw.token), None
+        finish_reason, timings = seq.finish_reason(self._eos_token_ids, self._max_model_len), None
         if finish_reason is not None:
-            timings = self._timings(seq, now)
+            timings = seq.timings(now)
+            run_seconds = timings.prefill + timings.decode
+            self._run_seconds += 0.1 * (run_seconds - self._run_seconds)
             del self._by_id[seq.request_id]
             self._end(seq)
         return Output(
@@ -360,28 +312,6 @@ class Scheduler:
             finish_reason=finish_reason,
             num_cached=num_cached,
             timings=timings,
-        )
-
-    def _finish_reason(self, seq: Sequence, token: int) -> str | None:
-        stopping = seq.stopping
-        if token in stopping.stop_token_ids or (token in self._eos_token_ids and not stopping.ignore_eos):
-            return "stop"
-        if len(seq.output) >= stopping.max_tokens or seq.num_known >= self._max_model_len:
-            return "length"
-        return None
-
-    def _timings(self, seq: Sequence, now: float) -> Timings:
-        assert seq.scheduled_at is not None, "it ran"
-        assert seq.first_token_at is not None, "it drew a token"
-        run_seconds = now - seq.scheduled_at
-        before = run_seconds if self._run_seconds is None else self._run_seconds
-        self._run_seconds = 0.9 * before + 0.1 * run_seconds
-        queue = seq.scheduled_at - seq.submitted_at
-        return Timings(
-            queue=queue,
-            load=min(seq.load_seconds, queue),
-            prefill=seq.first_token_at - seq.scheduled_at,
-            decode=now - seq.first_token_at,
         )
 
     def _end(self, seq: Sequence) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from server.engine.messages import AdapterRef, SamplingParams, StopParams
+from server.engine.messages import AdapterRef, SamplingParams, StopParams, Timings
 
 
 class State(Enum):
@@ -70,3 +70,27 @@ class Sequence:
         if stop <= num_prompt:
             return self.prompt[start:stop]
         return self.prompt[start:num_prompt] + self.output[max(start - num_prompt, 0) : stop - num_prompt]
+
+    def ends_with_pending(self, max_model_len: int) -> bool:
+        """Whether the pending token is certainly the last, whatever it is."""
+        return len(self.output) + self.num_pending >= self.stopping.max_tokens or self.num_tokens >= max_model_len
+
+    def finish_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> str | None:
+        """Why the sequence ends with its last output, None if it goes on."""
+        token = self.output[-1]
+        if token in self.stopping.stop_token_ids or (token in eos_token_ids and not self.stopping.ignore_eos):
+            return "stop"
+        if len(self.output) >= self.stopping.max_tokens or self.num_known >= max_model_len:
+            return "length"
+        return None
+
+    def timings(self, now: float) -> Timings:
+        """Where the time of a sequence went that drew its last token now."""
+        assert self.scheduled_at is not None, "it ran"
+        assert self.first_token_at is not None, "it drew a token"
+        return Timings(
+            queue=self.scheduled_at - self.submitted_at,
+            load=self.load_seconds,
+            prefill=self.first_token_at - self.scheduled_at,
+            decode=now - self.first_token_at,
+        )

@@ -14,7 +14,7 @@ def sequence(name: str, digest: str = "", at: float = 0.0) -> Sequence:
 
 
 def serve(queue: FairQueue, limit: int, cost: float = 10.0) -> list[str]:
-    served = []
+    served: list[str] = []
     for seq in queue.turns():
         if len(served) == limit:
             break
@@ -24,7 +24,7 @@ def serve(queue: FairQueue, limit: int, cost: float = 10.0) -> list[str]:
     return served
 
 
-def test_within_an_adapter_first_come_first_served():
+def test_within_an_adapter_first_come_first_served() -> None:
     queue = FairQueue()
     for index in range(4):
         queue.push(sequence(f"r{index}", "a", at=index))
@@ -32,7 +32,7 @@ def test_within_an_adapter_first_come_first_served():
     assert len(queue) == 0
 
 
-def test_the_adapter_served_least_goes_next():
+def test_the_adapter_served_least_goes_next() -> None:
     queue = FairQueue()
     for index in range(3):
         queue.push(sequence(f"a{index}", "a", at=index))
@@ -41,14 +41,14 @@ def test_the_adapter_served_least_goes_next():
     assert serve(queue, 6) == ["a0", "b0", "a1", "b1", "a2", "b2"]
 
 
-def test_equal_adapters_go_in_order_of_arrival():
+def test_equal_adapters_go_in_order_of_arrival() -> None:
     queue = FairQueue()
     queue.push(sequence("late", "a", at=2.0))
     queue.push(sequence("early", "b", at=1.0))
     assert serve(queue, 2) == ["early", "late"]
 
 
-def test_idleness_earns_no_credit():
+def test_idleness_earns_no_credit() -> None:
     queue = FairQueue()
     for index in range(10):
         queue.push(sequence(f"a{index}", "a"))
@@ -61,7 +61,7 @@ def test_idleness_earns_no_credit():
     assert queue.counter("c") == max(queue.counter("a"), queue.counter("b"))
 
 
-def test_service_before_counts_against_a_returning_adapter():
+def test_service_before_counts_against_a_returning_adapter() -> None:
     queue = FairQueue()
     queue.charge("a", 100)
     queue.push(sequence("b", "b", at=5.0))
@@ -69,7 +69,7 @@ def test_service_before_counts_against_a_returning_adapter():
     assert serve(queue, 2) == ["b", "a"]
 
 
-def test_a_parked_adapter_is_passed_over_and_earns_no_credit_meanwhile():
+def test_a_parked_adapter_is_passed_over_and_earns_no_credit_meanwhile() -> None:
     queue = FairQueue()
     queue.push(sequence("p", "parked"))
     queue.park("parked")
@@ -82,14 +82,24 @@ def test_a_parked_adapter_is_passed_over_and_earns_no_credit_meanwhile():
     queue.check_integrity()
 
 
-def test_a_preempted_sequence_goes_before_its_adapters_others():
+def test_a_parked_adapter_does_not_hold_the_level_down() -> None:
+    queue = FairQueue()
+    queue.push(sequence("p", "parked"))
+    queue.park("parked")
+    queue.push(sequence("a", "a"))
+    queue.charge("a", 50)
+    queue.push(sequence("b", "b"))
+    assert queue.counter("b") == 50
+
+
+def test_a_preempted_sequence_goes_before_its_adapters_others() -> None:
     queue = FairQueue()
     queue.push(sequence("new", "a", at=2.0))
     queue.requeue(sequence("old", "a", at=1.0))
     assert serve(queue, 2) == ["old", "new"]
 
 
-def test_counters_of_long_gone_adapters_are_forgotten():
+def test_counters_of_long_gone_adapters_are_forgotten() -> None:
     queue = FairQueue()
     for index in range(5000):
         queue.push(sequence("r", f"adapter{index}"))
@@ -101,7 +111,7 @@ def test_counters_of_long_gone_adapters_are_forgotten():
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_a_busy_adapter_delays_another_by_no_more_than_what_runs(overlap: bool):
+def test_a_busy_adapter_delays_another_by_no_more_than_what_runs(overlap: bool) -> None:
     """100 requests wait; another adapter's first starts as soon as one running ends: within max_tokens decodes."""
     world = World(resident={"a", "b"}, num_pages=200)
     for index in range(104):
@@ -117,7 +127,7 @@ def test_a_busy_adapter_delays_another_by_no_more_than_what_runs(overlap: bool):
     world.drain(overlap)
 
 
-def test_backlogged_adapters_get_equal_service_whatever_they_ask_for():
+def test_backlogged_adapters_get_equal_service_whatever_they_ask_for() -> None:
     """The bound of the paper's theorem: while both wait, their service differs by a constant, not with time."""
     world = World(resident={"a", "b"}, num_pages=200)
     for _ in range(150):
@@ -125,7 +135,7 @@ def test_backlogged_adapters_get_equal_service_whatever_they_ask_for():
     for _ in range(300):
         world.submit([2] * 3, "b", max_tokens=6)
     service = {"a": 0.0, "b": 0.0}
-    seen: dict[str, int] = {}
+    seen: dict[str, float] = {}
     widest = 0.0
     while len(world.scheduler._waiting.waiting("a")) > 5 and len(world.scheduler._waiting.waiting("b")) > 5:
         running = dict(world.alive)

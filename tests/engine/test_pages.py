@@ -23,7 +23,7 @@ def computed(pages: PageManager, prompt: list[int], digest: str = "") -> Sequenc
     return seq
 
 
-def test_a_running_prefix_is_shared_not_copied():
+def test_a_running_prefix_is_shared_not_copied() -> None:
     pages = PageManager(8, 4)
     first = computed(pages, list(range(10)))
     second = sequence(list(range(10)))
@@ -36,14 +36,14 @@ def test_a_running_prefix_is_shared_not_copied():
     assert pages.num_used == 3
 
 
-def test_a_whole_prompt_in_the_cache_leaves_a_token_to_compute():
+def test_a_whole_prompt_in_the_cache_leaves_a_token_to_compute() -> None:
     pages = PageManager(8, 4)
     pages.free(computed(pages, list(range(8))))
     second = sequence(list(range(8)))
     assert pages.allocate(second) == 4
 
 
-def test_only_published_pages_are_found():
+def test_only_published_pages_are_found() -> None:
     pages = PageManager(8, 4)
     first, second = sequence(list(range(9))), sequence(list(range(9)))
     pages.allocate(first)
@@ -60,13 +60,13 @@ def test_only_published_pages_are_found():
         ([257, 1, 1, 1, 2, 2, 2, 2, 9], "mine"),
     ],
 )
-def test_another_adapter_or_another_past_shares_nothing(prompt: list[int], digest: str):
+def test_another_adapter_or_another_past_shares_nothing(prompt: list[int], digest: str) -> None:
     pages = PageManager(8, 4)
     pages.free(computed(pages, [1, 1, 1, 1, 2, 2, 2, 2, 9], "mine"))
     assert pages.allocate(sequence(prompt, digest)) == 0
 
 
-def test_the_least_recently_used_is_forgotten_first_and_a_prefix_from_its_tail():
+def test_the_least_recently_used_is_forgotten_first_and_a_prefix_from_its_tail() -> None:
     pages = PageManager(4, 4)
     old, new = computed(pages, [1] * 8), computed(pages, [2] * 8)
     pages.free(old)
@@ -83,7 +83,7 @@ def test_the_least_recently_used_is_forgotten_first_and_a_prefix_from_its_tail()
     assert pages.allocate(sequence([1] * 16)) == 12
 
 
-def test_allocation_is_all_or_nothing_and_keeps_the_headroom():
+def test_allocation_is_all_or_nothing_and_keeps_the_headroom() -> None:
     pages = PageManager(4, 4)
     holder = computed(pages, [1] * 8)
     assert pages.allocate(sequence([2] * 9)) is None
@@ -97,7 +97,7 @@ def test_allocation_is_all_or_nothing_and_keeps_the_headroom():
     pages.check_integrity([holder, shared])
 
 
-def test_cached_pages_taken_again_do_not_count_as_room():
+def test_cached_pages_taken_again_do_not_count_as_room() -> None:
     pages = PageManager(3, 4)
     pages.free(computed(pages, [1] * 12))
     assert pages.num_available == 3
@@ -105,7 +105,7 @@ def test_cached_pages_taken_again_do_not_count_as_room():
     assert pages.allocate(sequence([1] * 12)) == 8
 
 
-def test_without_prefix_caching_nothing_is_reused():
+def test_without_prefix_caching_nothing_is_reused() -> None:
     pages = PageManager(8, 4, prefix_caching=False)
     pages.free(computed(pages, [1] * 8))
     assert pages.allocate(sequence([1] * 8)) == 0

@@ -1,5 +1,7 @@
 """Each rule of the scheduler by itself, then all of them at once against random traffic."""
 
+import contextlib
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -18,18 +20,22 @@ def shape(plan: Plan | None) -> list[tuple[str, int, int]]:
     return [] if plan is None else [(chunk.seq.request_id, chunk.start, chunk.length) for chunk in plan.chunks]
 
 
+def has_row(seq: Sequence) -> bool:
+    return seq.row is not None
+
+
 # What a step is made of
 
 
 @BOTH
-def test_one_sequence_makes_the_tokens_it_makes_alone(overlap: bool):
+def test_one_sequence_makes_the_tokens_it_makes_alone(overlap: bool) -> None:
     world = World()
     world.submit([1, 2, 3], max_tokens=7)
     world.drain(overlap)
     assert len(world.outputs["r0"]) == 7
 
 
-def test_decodes_come_first_then_running_prefills_then_admissions():
+def test_decodes_come_first_then_running_prefills_then_admissions() -> None:
     world = World(max_batch_tokens=8, max_num_seqs=4)
     world.submit([1] * 4, max_tokens=9)
     world.step(overlap=False)
@@ -48,7 +54,7 @@ def test_decodes_come_first_then_running_prefills_then_admissions():
     assert [chunk.samples for chunk in plan.chunks] == [True, True, False]
 
 
-def test_a_long_prefill_never_keeps_a_decode_waiting():
+def test_a_long_prefill_never_keeps_a_decode_waiting() -> None:
     world = World(max_batch_tokens=4, max_num_seqs=4, max_model_len=64)
     world.submit([1], max_tokens=20)
     world.step(overlap=False)
@@ -58,7 +64,7 @@ def test_a_long_prefill_never_keeps_a_decode_waiting():
         assert len(world.outputs["r0"]) == produced
 
 
-def test_overlap_plans_a_decode_on_a_token_not_yet_known():
+def test_overlap_plans_a_decode_on_a_token_not_yet_known() -> None:
     world = World()
     seq = world.submit([1, 2], max_tokens=3)
     world.plan()
@@ -69,7 +75,7 @@ def test_overlap_plans_a_decode_on_a_token_not_yet_known():
 
 
 @pytest.mark.parametrize(("max_tokens", "max_model_len"), [(1, 64), (9, 4)])
-def test_what_certainly_ends_with_its_pending_token_is_not_planned_again(max_tokens: int, max_model_len: int):
+def test_what_certainly_ends_with_its_pending_token_is_not_planned_again(max_tokens: int, max_model_len: int) -> None:
     world = World(max_model_len=max_model_len)
     world.submit([1, 2, 3], max_tokens=max_tokens)
     world.plan()
@@ -79,7 +85,7 @@ def test_what_certainly_ends_with_its_pending_token_is_not_planned_again(max_tok
     world.check_idle()
 
 
-def test_no_step_takes_more_tokens_than_the_budget():
+def test_no_step_takes_more_tokens_than_the_budget() -> None:
     world = World(max_batch_tokens=5, max_num_seqs=5)
     for index in range(9):
         world.submit([index % 5 + 1] * (3 + index), max_tokens=5)
@@ -103,7 +109,7 @@ def find_stop(world: World, prompt: list[int], at: int) -> int:
 
 
 @BOTH
-def test_eos_ends_with_stop_and_is_the_last_token(overlap: bool):
+def test_eos_ends_with_stop_and_is_the_last_token(overlap: bool) -> None:
     world = World()
     world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 3), ignore_eos=False)
     world.drain(overlap)
@@ -111,14 +117,14 @@ def test_eos_ends_with_stop_and_is_the_last_token(overlap: bool):
     assert [out.finish_reason for out in world.outputs["r0"]] == [None, None, "stop"]
 
 
-def test_eos_is_a_token_like_others_when_ignored():
+def test_eos_is_a_token_like_others_when_ignored() -> None:
     world = World()
     world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 3), ignore_eos=True)
     world.drain()
     assert len(world.outputs["r0"]) == 16
 
 
-def test_stop_token_ids_hold_even_when_eos_is_ignored():
+def test_stop_token_ids_hold_even_when_eos_is_ignored() -> None:
     world = World()
     probe = World().submit([5], max_tokens=16)
     tokens, _ = alone(probe, 64)
@@ -129,7 +135,7 @@ def test_stop_token_ids_hold_even_when_eos_is_ignored():
     assert len(world.outputs["r0"]) == tokens.index(tokens[3]) + 1
 
 
-def test_the_token_planned_after_an_unforeseen_end_is_discarded_and_its_pages_kept_until_then():
+def test_the_token_planned_after_an_unforeseen_end_is_discarded_and_its_pages_kept_until_then() -> None:
     world = World()
     seq = world.submit([1, 2], max_tokens=16, seed=find_stop(world, [1, 2], 1), ignore_eos=False)
     world.plan()
@@ -142,7 +148,7 @@ def test_the_token_planned_after_an_unforeseen_end_is_discarded_and_its_pages_ke
     assert seq.output == [EOS]
 
 
-def test_logprobs_travel_with_their_token():
+def test_logprobs_travel_with_their_token() -> None:
     world = World()
     world.submit([1], max_tokens=1)
     plan = world.plan()
@@ -151,7 +157,7 @@ def test_logprobs_travel_with_their_token():
     assert output.logprobs == [TokenLogprob(-0.5, [(3, -0.5)])]
 
 
-def test_timings_split_queue_load_prefill_and_decode():
+def test_timings_split_queue_load_prefill_and_decode() -> None:
     world = World(max_batch_tokens=4, max_num_seqs=1)
     world.submit([1] * 8, "a", max_tokens=3)
     for _ in range(4):
@@ -167,7 +173,7 @@ def test_timings_split_queue_load_prefill_and_decode():
     assert (timings.prefill, timings.decode) == (21.0, 22.0)
 
 
-def test_load_is_only_the_part_of_the_queue_that_waited_for_the_adapter():
+def test_load_is_only_the_part_of_the_queue_that_waited_for_the_adapter() -> None:
     world = World(max_num_seqs=1)
     world.submit([1], max_tokens=6)
     world.submit([1], "a", max_tokens=1)
@@ -183,7 +189,7 @@ def test_load_is_only_the_part_of_the_queue_that_waited_for_the_adapter():
 # What is refused
 
 
-def test_a_full_queue_refuses_at_once_and_says_when_to_return():
+def test_a_full_queue_refuses_at_once_and_says_when_to_return() -> None:
     world = World(max_num_seqs=2, max_waiting=3)
     for _ in range(5):
         world.submit([1])
@@ -199,9 +205,9 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_return():
     world.drain()
 
 
-def test_retry_after_grows_with_how_long_sequences_run():
+def test_retry_after_grows_with_how_long_sequences_run() -> None:
     waits = []
-    for seconds in (5.0, 30.0):
+    for seconds in (15.0, 60.0):
         world = World(max_num_seqs=1, max_waiting=4)
         world.submit([1], max_tokens=1)
         world.plan()
@@ -211,6 +217,7 @@ def test_retry_after_grows_with_how_long_sequences_run():
             world.submit([1])
         with pytest.raises(ServerBusy) as caught:
             world.submit([1])
+        assert caught.value.retry_after is not None
         waits.append(caught.value.retry_after)
     assert waits[0] < waits[1]
 
@@ -225,7 +232,7 @@ def test_retry_after_grows_with_how_long_sequences_run():
         ([1] * 30, 9, "max_tokens", "at most 3"),
     ],
 )
-def test_what_could_never_run_is_refused(prompt: list[int], max_tokens: int, field: str, says: str):
+def test_what_could_never_run_is_refused(prompt: list[int], max_tokens: int, field: str, says: str) -> None:
     world = World(num_pages=8, page_size=4, max_model_len=40)
     with pytest.raises(InvalidRequest, match=says) as caught:
         world.submit(prompt, max_tokens=max_tokens)
@@ -233,14 +240,14 @@ def test_what_could_never_run_is_refused(prompt: list[int], max_tokens: int, fie
     assert not world.scheduler.has_work
 
 
-def test_what_just_fits_the_whole_pool_runs():
+def test_what_just_fits_the_whole_pool_runs() -> None:
     world = World(num_pages=8, page_size=4, max_model_len=40)
     world.submit([1] * 30, max_tokens=3)
     world.submit([1] * 32, max_tokens=1)
     world.drain()
 
 
-def test_a_request_id_in_use_is_refused():
+def test_a_request_id_in_use_is_refused() -> None:
     world = World()
     world.submit([1])
     world.num_submitted = 0
@@ -251,7 +258,7 @@ def test_a_request_id_in_use_is_refused():
 # Cancelling
 
 
-def test_a_waiting_sequence_is_cancelled():
+def test_a_waiting_sequence_is_cancelled() -> None:
     world = World(max_num_seqs=1)
     world.submit([1])
     world.submit([2])
@@ -263,7 +270,7 @@ def test_a_waiting_sequence_is_cancelled():
     world.cancel("unheard of")
 
 
-def test_cancelling_frees_at_once_what_no_plan_uses():
+def test_cancelling_frees_at_once_what_no_plan_uses() -> None:
     world = World(resident={"a"})
     world.submit([1] * 9, "a", max_tokens=9)
     world.step(overlap=False)
@@ -272,7 +279,7 @@ def test_cancelling_frees_at_once_what_no_plan_uses():
     assert not world.scheduler.has_work
 
 
-def test_cancelling_under_way_frees_with_the_plan_that_uses_it():
+def test_cancelling_under_way_frees_with_the_plan_that_uses_it() -> None:
     world = World(resident={"a"})
     world.submit([1] * 9, "a", max_tokens=9)
     world.plan()
@@ -285,7 +292,7 @@ def test_cancelling_under_way_frees_with_the_plan_that_uses_it():
     world.check_idle()
 
 
-def test_a_cancelled_id_may_be_used_again_while_it_drains():
+def test_a_cancelled_id_may_be_used_again_while_it_drains() -> None:
     world = World()
     world.submit([1], max_tokens=9)
     world.plan()
@@ -297,7 +304,7 @@ def test_a_cancelled_id_may_be_used_again_while_it_drains():
 
 
 @BOTH
-def test_dropping_all_leaves_nothing(overlap: bool):
+def test_dropping_all_leaves_nothing(overlap: bool) -> None:
     world = World(num_pages=12, max_num_seqs=3, resident={"a"})
     for index in range(6):
         world.submit([index + 1] * 8, "a" if index % 2 else "", max_tokens=20)
@@ -320,7 +327,7 @@ def test_dropping_all_leaves_nothing(overlap: bool):
 # Adapters
 
 
-def test_who_waits_for_an_adapter_holds_nothing_and_is_overtaken():
+def test_who_waits_for_an_adapter_holds_nothing_and_is_overtaken() -> None:
     world = World()
     late = world.submit([1] * 9, "a")
     world.submit([2])
@@ -333,7 +340,7 @@ def test_who_waits_for_an_adapter_holds_nothing_and_is_overtaken():
     world.drain()
 
 
-def test_an_adapter_is_requested_on_arrival_and_again_when_evicted_before_its_turn():
+def test_an_adapter_is_requested_on_arrival_and_again_when_evicted_before_its_turn() -> None:
     world = World(max_num_seqs=1)
     world.submit([1], max_tokens=3)
     world.step(overlap=False)
@@ -349,7 +356,7 @@ def test_an_adapter_is_requested_on_arrival_and_again_when_evicted_before_its_tu
     world.drain()
 
 
-def test_an_adapter_evicted_before_it_is_noticed_is_requested_again():
+def test_an_adapter_evicted_before_it_is_noticed_is_requested_again() -> None:
     world = World()
     world.submit([1], "a")
     world.plan()
@@ -360,7 +367,7 @@ def test_an_adapter_evicted_before_it_is_noticed_is_requested_again():
     world.drain()
 
 
-def test_an_adapter_that_would_not_load_drops_its_waiting_sequences_only():
+def test_an_adapter_that_would_not_load_drops_its_waiting_sequences_only() -> None:
     world = World(resident={"b"})
     world.submit([1], "a")
     world.submit([2], "b")
@@ -372,7 +379,7 @@ def test_an_adapter_that_would_not_load_drops_its_waiting_sequences_only():
     world.drain()
 
 
-def test_a_lease_is_held_from_admission_to_end():
+def test_a_lease_is_held_from_admission_to_end() -> None:
     world = World(resident={"a"})
     world.submit([1] * 3, "a", max_tokens=2)
     assert world.adapters.leases["a"] == 0
@@ -385,7 +392,7 @@ def test_a_lease_is_held_from_admission_to_end():
 # Prefixes and preemption
 
 
-def test_num_cached_is_reported_with_the_first_output():
+def test_num_cached_is_reported_with_the_first_output() -> None:
     world = World(page_size=4)
     world.submit([1] * 9)
     world.drain()
@@ -397,7 +404,7 @@ def test_num_cached_is_reported_with_the_first_output():
     assert world.scheduler.prefix_query_tokens == 27
 
 
-def test_an_answer_is_reused_as_the_next_turns_prefix():
+def test_an_answer_is_reused_as_the_next_turns_prefix() -> None:
     world = World(page_size=4)
     seq = world.submit([1] * 4, max_tokens=9)
     world.drain()
@@ -406,7 +413,17 @@ def test_an_answer_is_reused_as_the_next_turns_prefix():
     assert world.outputs["r1"][0].num_cached == 12
 
 
-def test_a_running_sequences_pages_are_shared_once_computed():
+def test_a_page_is_not_shared_before_it_is_computed() -> None:
+    world = World(page_size=4, max_batch_tokens=8)
+    world.submit([1] * 12)
+    world.step(overlap=False)  # two of its three pages
+    other = world.submit([1] * 13)
+    world.plan()
+    assert other.num_cached == 8
+    world.drain()
+
+
+def test_a_running_sequences_pages_are_shared_once_computed() -> None:
     world = World(page_size=4, max_batch_tokens=8)
     first = world.submit([1] * 12, max_tokens=9)
     world.plan()  # two pages, not yet computed
@@ -423,7 +440,7 @@ def test_a_running_sequences_pages_are_shared_once_computed():
 
 
 @BOTH
-def test_when_pages_run_out_the_newest_is_preempted_and_resumes(overlap: bool):
+def test_when_pages_run_out_the_newest_is_preempted_and_resumes(overlap: bool) -> None:
     world = World(num_pages=8, page_size=2, max_num_seqs=4, max_batch_tokens=16)
     for index in range(3):
         world.submit([index + 1] * 3, max_tokens=12)
@@ -435,32 +452,53 @@ def test_when_pages_run_out_the_newest_is_preempted_and_resumes(overlap: bool):
     world.check_idle()
 
 
-def test_a_preempted_sequence_keeps_its_drawn_token_and_gives_back_its_lease():
+def test_a_preempted_sequence_keeps_its_drawn_token_and_gives_back_its_lease() -> None:
     world = World(num_pages=4, page_size=2, resident={"a"}, prefix_caching=False)
     world.submit([1, 1], max_tokens=6)
     victim = world.submit([2, 2], "a", max_tokens=6)
-    world.plan()
-    while victim.state is not State.PREEMPTED:
-        assert victim.state is State.RUNNING
+    while world.scheduler.num_running != 1 or not has_row(victim):
         world.plan()
-        if len(world.uncommitted) == 2 and victim.state is not State.PREEMPTED:
+        if len(world.uncommitted) == 2 and world.scheduler.num_running == 2:
             world.commit()
     drawn = len(victim.output)
-    while victim.state is State.PREEMPTED:
+    while has_row(victim):
         assert world.adapters.leases["a"] == 1
         world.commit()
+    assert world.scheduler.num_waiting == 1
     assert len(victim.output) == drawn + 1
-    assert victim.state is State.WAITING
     assert world.adapters.leases["a"] == 0
     world.drain()
 
 
+def test_admission_leaves_a_page_to_each_that_runs() -> None:
+    world = World(num_pages=4, page_size=4)
+    world.submit([1] * 3, max_tokens=8)
+    world.step(overlap=False)
+    assert shape(world.plan()) == [("r0", 3, 1)]
+    world.commit()
+    world.submit([2] * 9, max_tokens=1)
+    assert shape(world.plan()) == [("r0", 4, 1)]
+    world.commit()
+    world.drain()
+    assert world.scheduler.preemptions == 0
+
+
 @BOTH
-def test_a_stream_of_short_ones_does_not_starve_a_long_one(overlap: bool):
+def test_recomputing_is_chunked_like_any_prefill(overlap: bool) -> None:
+    world = World(num_pages=8, page_size=2, max_num_seqs=3, max_batch_tokens=3, prefix_caching=False)
+    for index in range(3):
+        world.submit([index + 1] * 3, max_tokens=10)
+    world.drain(overlap)
+    assert world.scheduler.preemptions > 0
+
+
+@BOTH
+def test_a_stream_of_short_ones_does_not_starve_a_long_one(overlap: bool) -> None:
     """The long one needs most of the pool; short ones keep coming, from its own adapter and from another."""
     world = World(num_pages=10, page_size=4, max_num_seqs=4, resident={"a"})
     for _ in range(4):
         world.submit([1, 2], "a", max_tokens=4)
+    world.step(overlap)
     long = world.submit([3] * 30, max_tokens=8)
     for _ in range(100):
         world.submit([4], "a", max_tokens=3)
@@ -482,16 +520,16 @@ class Traffic(RuleBasedStateMachine):
     sequences = Bundle("sequences")
 
     @initialize(
-        num_pages=st.integers(4, 14),
+        capacity=st.integers(8, 28),
         page_size=st.sampled_from([1, 2, 4]),
-        max_num_seqs=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 5),
         spare_tokens=st.integers(0, 8),
         prefix_caching=st.booleans(),
-        max_model_len=st.sampled_from([6, 24]),
+        max_model_len=st.sampled_from([6, 24, 24]),
     )
     def start(
         self,
-        num_pages: int,
+        capacity: int,
         page_size: int,
         max_num_seqs: int,
         spare_tokens: int,
@@ -499,13 +537,13 @@ class Traffic(RuleBasedStateMachine):
         max_model_len: int,
     ) -> None:
         self.world = World(
-            num_pages=num_pages,
+            num_pages=capacity // page_size,
             page_size=page_size,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_num_seqs + spare_tokens,
             prefix_caching=prefix_caching,
             max_waiting=12,
-            max_model_len=max_model_len,
+            max_model_len=min(max_model_len, capacity // page_size * page_size + 1),
             resident={"a"},
         )
 
@@ -513,7 +551,7 @@ class Traffic(RuleBasedStateMachine):
         target=sequences,
         prompt=st.lists(st.integers(1, 2), min_size=1, max_size=9),
         digest=st.sampled_from(DIGESTS),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(1, 16),
         seed=st.integers(0, 3),
         ignore_eos=st.booleans(),
         stop_token_ids=st.sampled_from([(), (4,)]),
@@ -538,6 +576,24 @@ class Traffic(RuleBasedStateMachine):
             )
         except (ServerBusy, InvalidRequest):
             return None
+
+    @rule(
+        requests=st.lists(
+            st.tuples(
+                st.lists(st.integers(1, 2), min_size=1, max_size=7),
+                st.sampled_from(["", "", "a", "a", "b"]),
+                st.integers(4, 16),
+                st.integers(0, 3),
+            ),
+            min_size=3,
+            max_size=6,
+        )
+    )
+    def burst(self, requests: list[tuple[list[int], str, int, int]]) -> None:
+        """Long answers that the pool cannot hold together."""
+        for prompt, digest, max_tokens, seed in requests:
+            with contextlib.suppress(ServerBusy, InvalidRequest):
+                self.world.submit(prompt, digest, max_tokens=max_tokens, seed=seed)
 
     @rule(seq=sequences)
     def cancel(self, seq: Sequence | None) -> None:
