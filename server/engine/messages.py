@@ -199,9 +199,11 @@ def encode(message: ToEngine | ToFrontend) -> bytes:
 
 def decode_to_engine(frame: bytes) -> ToEngine:
     """Raises msgspec.ValidationError for a frame of another shape."""
-    return _to_engine.decode(frame)
+    message: ToEngine = _to_engine.decode(frame)
+    return message
 
 
 def decode_to_frontend(frame: bytes) -> ToFrontend:
     """Raises msgspec.ValidationError for a frame of another shape."""
-    return _to_frontend.decode(frame)
+    message: ToFrontend = _to_frontend.decode(frame)
+    return message

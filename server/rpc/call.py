@@ -7,12 +7,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from adapters.errors import LorikeetError
 from server.errors import ShuttingDown
 from server.metrics import Metrics
 from server.rpc.status import status_of, unexpected_status
+
+# How long a status may take to leave.
+ABORT_SECONDS = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -99,10 +103,19 @@ class Call:
             self._count(error.code)
             if self.adapter is None:
                 self._calls.metrics.rejected(error.reason)
-            await self._context.abort_with_status(rpc_status.to_status(status_of(error)))
+            await self._abort(status_of(error))
         else:
             self._count("INTERNAL")
-            await self._context.abort_with_status(rpc_status.to_status(unexpected_status(error)))
+            await self._abort(unexpected_status(error))
+
+    async def _abort(self, status: Status) -> None:
+        """Ends the call with a status. It queues behind messages that the client has yet to read: one that never
+        reads gets it never, and is not waited for."""
+        try:
+            async with asyncio.timeout(ABORT_SECONDS):
+                await self._context.abort_with_status(rpc_status.to_status(status))
+        except TimeoutError:
+            raise grpc.aio.AbortError from None
 
     def _is_late(self) -> bool:
         remaining = self._context.time_remaining()

@@ -72,7 +72,7 @@ def _add_services(
     registry: Registry,
     calls: Calls,
 ) -> None:
-    inference = service_inference.InferenceService(backend)
+    inference = service_inference.InferenceService(backend, config.stall_timeout)
     adapters = service_adapters.AdapterService(backend, registry)
     info = service_server.ServerService(config, base, backend, calls)
     server.add_generic_rpc_handlers(

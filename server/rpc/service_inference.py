@@ -1,5 +1,6 @@
 """InferenceService: generations, whole or streamed."""
 
+import asyncio
 from collections.abc import Mapping
 from contextlib import aclosing
 
@@ -7,7 +8,7 @@ from google.protobuf.message import Message
 
 from adapters.ids import parse_adapter_id
 from lorikeet.v1 import inference_pb2
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, StreamStalled
 from server.frontend.types import Delta, GenerateRequest
 from server.rpc import convert
 from server.rpc.backend import Backend
@@ -20,10 +21,12 @@ ADAPTER_METADATA = "x-adapter"
 
 
 class InferenceService:
-    """Passes requests down and deltas up. A call that ends early closes its generation, wherever it stands."""
+    """Passes requests down and deltas up. A call that ends early closes its generation, wherever it stands; so
+    does a client that does not read its stream for `stall_timeout` seconds."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, stall_timeout: float) -> None:
         self._backend = backend
+        self._stall_timeout = stall_timeout
 
     @property
     def methods(self) -> Mapping[str, Method]:
@@ -38,12 +41,20 @@ class InferenceService:
 
     async def stream_generate(self, message: inference_pb2.StreamGenerateRequest, call: Call) -> None:
         request = _request(message, call)
-        request_id, write = request.request_id, call.write
+        request_id = request.request_id
         async with aclosing(self._backend.generate(request)) as generation:
             async for delta in generation:
                 if call.adapter is None or delta.finish_reason is not None:
                     _note(delta, request, call)
-                await write(convert.stream_response(delta, request_id))
+                await self._send(convert.stream_response(delta, request_id), call)
+
+    async def _send(self, message: Message, call: Call) -> None:
+        """Waits while the client's window is full. Raises StreamStalled when it stays so."""
+        try:
+            async with asyncio.timeout(self._stall_timeout):
+                await call.write(message)
+        except TimeoutError:
+            raise StreamStalled(f"the stream was not read for {self._stall_timeout:g} seconds") from None
 
 
 def _request(message: convert.AnyGenerateRequest, call: Call) -> GenerateRequest:

@@ -60,6 +60,7 @@ class FakeBackend:
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # a generation ended, however it ended
     starting: asyncio.Event | None = None  # `start` waits for it
     stopping: asyncio.Event | None = None  # `stop` waits for it, unless its grace is zero
+    on_start: Callable[[], None] = lambda: None
     start_error: Exception | None = None
     call_error: Exception | None = None
     info: Ready | None = None
@@ -73,6 +74,7 @@ class FakeBackend:
         self._callback(ready)
 
     async def start(self) -> None:
+        self.on_start()
         if self.starting is not None:
             await self.starting.wait()
         if self.start_error is not None:
@@ -206,6 +208,10 @@ class Running:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
+class NotStarted(Exception):
+    """The server ended, in good order, before it took requests."""
+
+
 def interrupt() -> None:
     """What an operator's `kill` does."""
     os.kill(os.getpid(), signal.SIGTERM)
@@ -229,6 +235,7 @@ async def serving(backend: FakeBackend, **settings: object) -> AsyncIterator[Run
     await asyncio.wait((task, started), return_when=asyncio.FIRST_COMPLETED)
     if task.done():
         await task
+        raise NotStarted
     port, metrics_port = await started
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield Running(task, channel, metrics, port, metrics_port)

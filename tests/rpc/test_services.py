@@ -320,6 +320,25 @@ def test_a_client_that_does_not_read_stops_the_generation_and_others_go_on() -> 
     asyncio.run(scenario())
 
 
+def test_a_client_that_does_not_read_for_too_long_is_let_go() -> None:
+    async def flood(request: GenerateRequest) -> AsyncGenerator[Delta]:
+        while True:
+            yield Delta("x" * 10_000, [1], DIGEST)
+
+    async def scenario() -> None:
+        backend = FakeBackend(flood)
+        async with serving(backend, stall_timeout=0.1) as running:
+            stream = running.inference.StreamGenerate(Stream(text="Hi"))
+            await stream.wait_for_connection()
+            await backend.closed.wait()
+            code, _, details = await failure(stream)  # what was sent, then why it ended
+            assert code == grpc.StatusCode.ABORTED
+            assert details["ErrorInfo"].reason == "STREAM_STALLED"
+        assert running.value("lorikeet_requests_total", method="StreamGenerate", code="ABORTED", adapter="base") == 1
+
+    asyncio.run(scenario())
+
+
 def test_adapters_are_listed_by_page_and_described() -> None:
     async def scenario() -> None:
         backend = FakeBackend()

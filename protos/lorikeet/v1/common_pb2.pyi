@@ -143,7 +143,7 @@ class Stopping(_message.Message):
     @_builtins.property
     def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """End where one of these strings would appear in the text; the string is not part of the text. At most
-        Limits.max_stop_strings, none empty.
+        Limits.max_stop_strings, none empty nor longer than 1000 characters.
         """
 
     @_builtins.property

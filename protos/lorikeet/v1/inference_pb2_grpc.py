@@ -34,8 +34,9 @@ class InferenceServiceStub:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
-    (starting, stopping, or the engine was lost).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
+    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
+    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
     """
 
     def __init__(self, channel):
@@ -65,8 +66,9 @@ class InferenceServiceServicer:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
-    (starting, stopping, or the engine was lost).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
+    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
+    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
     """
 
     def Generate(self, request, context):
@@ -113,8 +115,9 @@ class InferenceService:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit), RESOURCE_EXHAUSTED (the queue is full), UNAVAILABLE
-    (starting, stopping, or the engine was lost).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
+    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
+    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
     """
 
     @staticmethod

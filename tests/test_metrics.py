@@ -1,0 +1,169 @@
+"""The metrics as a scraper reads them: from the text of the page."""
+
+import os
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.messages import Ready, ResidentAdapter, Stats
+from server.errors import ConfigError
+from server.metrics import Metrics, MetricsPage
+
+READY = Ready(
+    device="cpu", dtype="bfloat16", max_model_len=1024, max_num_seqs=8, max_batch_tokens=256, page_size=16, num_pages=64
+)
+
+
+def page(metrics: Metrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """(name, labels) → value of every sample on the page."""
+    families = text_string_to_metric_families(page(metrics))
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return samples(metrics)[f"lorikeet_{name}", frozenset(labels.items())]
+
+
+def labels_of(metrics: Metrics, name: str, label: str) -> set[str]:
+    return {dict(labels)[label] for sample, labels in samples(metrics) if sample == f"lorikeet_{name}"}
+
+
+def stats(**changes: object) -> Stats:
+    given = {"num_running": 3, "num_waiting": 2, "pages_used": 16, "pages_total": 64, "adapters": [], "memory": {}}
+    return Stats(**{**given, **changes})  # type: ignore[arg-type]
+
+
+def test_requests_are_counted_and_timed() -> None:
+    metrics = Metrics()
+    done = {"method": "Generate", "code": "OK"}
+    metrics.request_done(**done, adapter="pirate", seconds=0.5, queue_seconds=0.125)
+    metrics.request_done(**done, adapter="", seconds=1.5, queue_seconds=None)
+    metrics.request_failed(method="Generate", code="NOT_FOUND", seconds=0.01)
+    assert value(metrics, "requests_total", **done, adapter="pirate") == 1
+    assert value(metrics, "requests_total", **done, adapter="base") == 1
+    assert value(metrics, "requests_total", method="Generate", code="NOT_FOUND", adapter="_other") == 1
+    assert value(metrics, "request_duration_seconds_sum", **done) == 2.0
+    assert value(metrics, "request_duration_seconds_bucket", **done, le="0.64") == 1
+    assert value(metrics, "request_queue_seconds_count", **done) == 1
+    assert value(metrics, "request_queue_seconds_sum", **done) == 0.125
+
+
+def test_tokens_and_their_times() -> None:
+    metrics = Metrics()
+    metrics.first_token(adapter="pirate", residency="disk", seconds=0.3)
+    metrics.output_tokens(adapter="pirate", count=10, seconds=0.5)
+    metrics.output_tokens(adapter="pirate", count=0, seconds=0.0)  # a single token has no time between tokens
+    metrics.prompt_tokens(adapter="pirate", count=20, cached=16)
+    metrics.generation_tokens(adapter="pirate", count=11)
+    assert value(metrics, "time_to_first_token_seconds_sum", adapter="pirate", residency="disk") == 0.3
+    assert value(metrics, "time_per_output_token_seconds_sum", adapter="pirate") == pytest.approx(0.05)
+    assert value(metrics, "time_per_output_token_seconds_count", adapter="pirate") == 1
+    assert value(metrics, "prompt_tokens_total", adapter="pirate") == 20
+    assert value(metrics, "prompt_cached_tokens_total", adapter="pirate") == 16
+    assert value(metrics, "generation_tokens_total", adapter="pirate") == 11
+
+
+def test_adapter_names_past_the_cap_share_a_label() -> None:
+    metrics = Metrics(max_adapters=2)
+    for name in ("a", "b", "c", "d", "a", ""):
+        metrics.generation_tokens(adapter=name, count=1)
+    assert labels_of(metrics, "generation_tokens_total", "adapter") == {"a", "b", "_other", "base"}
+    assert value(metrics, "generation_tokens_total", adapter="a") == 2
+    assert value(metrics, "generation_tokens_total", adapter="_other") == 2
+    metrics.first_token(adapter="c", residency="disk", seconds=1.0)  # the cap is one for all metrics
+    assert labels_of(metrics, "time_to_first_token_seconds_count", "adapter") == {"_other"}
+
+
+def test_a_snapshot_of_the_engine_becomes_gauges() -> None:
+    metrics = Metrics()
+    metrics.engine_started(READY)
+    adapters = [
+        ResidentAdapter("sha256:1", "device", 100, 2),
+        ResidentAdapter("sha256:2", "device", 100, 1),
+        ResidentAdapter("sha256:3", "host", 100, 0),
+    ]
+    metrics.engine_stats(stats(adapters=adapters, memory={"weights": 1000, "kv": 500}))
+    assert value(metrics, "requests_running") == 3
+    assert value(metrics, "requests_waiting") == 2
+    assert value(metrics, "kv_cache_usage_ratio") == 0.25
+    assert value(metrics, "adapters_loaded", tier="device") == 2
+    assert value(metrics, "adapters_loaded", tier="host") == 1
+    assert value(metrics, "adapter_leases") == 3
+    assert value(metrics, "memory_bytes", kind="weights", device="cpu") == 1000
+    assert value(metrics, "memory_bytes", kind="kv", device="cpu") == 500
+    assert value(metrics, "engine_info", device="cpu", dtype="bfloat16") == 1
+
+
+def test_memory_on_a_gpu_is_told_from_memory_on_the_cpu() -> None:
+    metrics = Metrics()
+    metrics.engine_started(Ready("cuda:0", "bfloat16", 1024, 8, 256, 16, 64))
+    metrics.engine_stats(stats(memory={"weights": 1000}))
+    assert labels_of(metrics, "memory_bytes", "device") == {"gpu"}
+
+
+def test_counters_go_on_when_the_engine_begins_anew() -> None:
+    metrics = Metrics()
+    metrics.engine_started(READY)
+    metrics.engine_stats(stats(preemptions=2, adapter_loads=5, prefix_hit_tokens=10, prefix_query_tokens=40))
+    metrics.engine_stats(stats(preemptions=3, adapter_loads=5, prefix_hit_tokens=30, prefix_query_tokens=60))
+    assert value(metrics, "preemptions_total") == 3
+    metrics.engine_restarted()
+    assert value(metrics, "requests_running") == 0
+    assert labels_of(metrics, "memory_bytes", "kind") == set()
+    metrics.engine_started(READY)
+    metrics.engine_stats(stats(preemptions=1, adapter_loads=1, adapter_load_failures=1, adapter_evictions=4))
+    assert value(metrics, "preemptions_total") == 4
+    assert value(metrics, "adapter_loads_total") == 6
+    assert value(metrics, "adapter_load_failures_total") == 1
+    assert value(metrics, "adapter_evictions_total") == 4
+    assert value(metrics, "prefix_cache_hit_tokens_total") == 30
+    assert value(metrics, "prefix_cache_query_tokens_total") == 60
+    assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_processes_tell_their_memory_and_time_while_they_live() -> None:
+    metrics = Metrics()
+    assert value(metrics, "process_resident_memory_bytes", process="frontend") > 10 * 2**20
+    assert value(metrics, "process_cpu_seconds_total", process="frontend") > 0
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        metrics.engine_started(READY, pid=other.pid)
+        assert value(metrics, "process_resident_memory_bytes", process="engine") > 0
+        other.kill()
+    assert labels_of(metrics, "process_resident_memory_bytes", "process") == {"frontend"}
+
+
+def test_names_and_help_keep_to_prometheus_conventions() -> None:
+    metrics = Metrics()
+    metrics.engine_started(READY, pid=os.getpid())
+    for family in text_string_to_metric_families(page(metrics)):
+        assert family.name.startswith("lorikeet_")
+        assert family.documentation.endswith("."), family.name
+        if family.type == "histogram":
+            assert family.name.endswith("_seconds")
+        for unit in ("seconds", "bytes"):
+            if unit in family.name:
+                assert unit in family.documentation.lower(), family.name
+
+
+def test_draining_shows() -> None:
+    metrics = Metrics()
+    assert value(metrics, "draining") == 0
+    metrics.draining(True)
+    assert value(metrics, "draining") == 1
+
+
+def test_the_page_is_served_and_a_port_in_use_is_named() -> None:
+    served = MetricsPage(Metrics(), "127.0.0.1", 0)
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics") as answer:
+        assert "lorikeet_build_info{" in answer.read().decode()
+    with pytest.raises(ConfigError, match=rf"metrics_port: .*port {served.port}"):
+        MetricsPage(Metrics(), "127.0.0.1", served.port)
+    served.close()
