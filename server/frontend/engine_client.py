@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from adapters.errors import LorikeetError
 from server.config import EngineConfig
@@ -39,13 +38,17 @@ class EngineClient:
         self._config = config
         self._receive = receive
         self._directory = _private_directory()
-        self._context = zmq.asyncio.Context()
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._socket.setsockopt(option, 0)
+        self._file = int(self._socket.getsockopt(zmq.FD))  # readable when something may have come
         self._process: asyncio.subprocess.Process | None = None
-        self._tasks: tuple[asyncio.Task[None], ...] = ()
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._output: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._garbled: asyncio.Future[str] = self._loop.create_future()  # what was wrong with a frame
+        self._is_reading = False
         self._error_line: str | None = None
 
     @property
@@ -60,6 +63,8 @@ class EngineClient:
         """
         address = f"ipc://{self._directory}/engine"
         self._socket.bind(address)
+        self._loop.add_reader(self._file, self._read)
+        self._is_reading = True
         self._process = process = await asyncio.create_subprocess_exec(
             *self._command,
             "--socket",
@@ -71,10 +76,7 @@ class EngineClient:
         )
         assert process.stdin is not None, "a pipe"
         assert process.stdout is not None, "a pipe"
-        self._tasks = (
-            asyncio.create_task(self._read_messages(), name="engine messages"),
-            asyncio.create_task(self._pass_on(process.stdout), name="engine stderr"),
-        )
+        self._output = asyncio.create_task(self._pass_on(process.stdout), name="engine output")
         process.stdin.write(msgspec.json.encode(self._config) + b"\n")
         process.stdin.close()
         ended = asyncio.create_task(self.ended(), name="engine start")
@@ -87,19 +89,22 @@ class EngineClient:
             ended.cancel()
 
     def send(self, message: ToEngine) -> None:
-        """Never waits: the queue to the engine has no bound, and the engine reads it every step."""
-        self._socket.send(encode(message))
+        """Never waits: the queue to the engine has no bound, and the engine reads it every step. To an engine that
+        is lost, or not yet connected, it sends nothing."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        self._loop.call_soon(self._read)  # sending may take the signal that something has come
 
     async def ended(self) -> LorikeetError:
         """Waits until the engine is lost (its process ended, or it sent what is no message) and says why."""
         assert self._process is not None, "not started"
-        reading, output = self._tasks
+        assert self._output is not None, "not started"
         exited = asyncio.create_task(self._process.wait(), name="engine exit")
         try:
-            await asyncio.wait((exited, reading), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((exited, self._garbled), return_when=asyncio.FIRST_COMPLETED)
             if not exited.done():
-                return EngineUnavailable(f"the engine sent what is no message: {reading.exception()}")
-            await asyncio.wait((output,), timeout=1.0)  # its last words
+                return EngineUnavailable(f"the engine sent what is no message: {self._garbled.result()}")
+            await asyncio.wait((self._output,), timeout=1.0)  # its last words
             return self._death(exited.result())
         finally:
             exited.cancel()
@@ -116,20 +121,34 @@ class EngineClient:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._output is not None:
+            self._output.cancel()
+            await asyncio.wait((self._output,))
+        self._stop_reading()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def _read_messages(self) -> None:
-        receive, socket = self._receive, self._socket
-        while True:
-            message = decode_to_frontend(await socket.recv())
+    def _read(self) -> None:
+        """Takes all messages there are: ZeroMQ signals their coming only once. (Reading by callback halves what
+        zmq.asyncio takes a message.)"""
+        while self._is_reading:
+            try:
+                message = decode_to_frontend(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except msgspec.DecodeError as error:
+                self._stop_reading()
+                self._garbled.set_result(str(error))
+                return
             if isinstance(message, Ready):
                 self._ready.set_result(message)
             else:
-                receive(message)
+                self._receive(message)
+
+    def _stop_reading(self) -> None:
+        if self._is_reading:
+            self._is_reading = False
+            self._loop.remove_reader(self._file)
 
     async def _pass_on(self, output: asyncio.StreamReader) -> None:
         rest = b""
