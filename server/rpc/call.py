@@ -99,6 +99,9 @@ class Call:
             self._count("OK")
         elif isinstance(error, asyncio.CancelledError) or self._context.done():  # the client left, or time is up
             self._count("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
+        elif isinstance(error, grpc.aio.InternalError):  # a message did not go: the client left, or refuses its size
+            self._count("CANCELLED")
+            raise asyncio.CancelledError from error  # which gRPC takes for an end that needs no status
         elif isinstance(error, LorikeetError):
             self._count(error.code)
             if self.adapter is None:
@@ -115,7 +118,7 @@ class Call:
             async with asyncio.timeout(ABORT_SECONDS):
                 await self._context.abort_with_status(rpc_status.to_status(status))
         except TimeoutError:
-            raise grpc.aio.AbortError from None
+            raise asyncio.CancelledError from None
 
     def _is_late(self) -> bool:
         remaining = self._context.time_remaining()

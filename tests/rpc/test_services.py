@@ -246,6 +246,25 @@ def test_a_message_past_the_limit_is_refused() -> None:
     asyncio.run(scenario())
 
 
+def test_an_answer_past_the_limit_ends_the_call_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async def talk(request: GenerateRequest) -> AsyncGenerator[Delta]:
+        yield Delta("x" * (2000 if request.request_id == "long" else 1), [1], DIGEST)
+        yield last_delta(1)
+
+    async def scenario() -> None:
+        backend = FakeBackend(talk)
+        async with serving(backend, max_message_bytes=1000) as running:
+            call = running.inference.StreamGenerate(Stream(text="x", request_id="long"))
+            code, _, _ = await failure(call)
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            await backend.closed.wait()
+            assert (await running.inference.Generate(Whole(text="x"))).text == "x"
+        assert running.value("lorikeet_requests_total", method="StreamGenerate", code="CANCELLED", adapter="base") == 1
+        assert "Traceback" not in caplog.text
+
+    asyncio.run(scenario())
+
+
 async def one_then_hang(request: GenerateRequest) -> AsyncGenerator[Delta]:
     yield Delta("a", [1], DIGEST)
     await asyncio.Event().wait()
@@ -320,7 +339,7 @@ def test_a_client_that_does_not_read_stops_the_generation_and_others_go_on() -> 
     asyncio.run(scenario())
 
 
-def test_a_client_that_does_not_read_for_too_long_is_let_go() -> None:
+def test_a_client_that_does_not_read_for_too_long_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
     async def flood(request: GenerateRequest) -> AsyncGenerator[Delta]:
         while True:
             yield Delta("x" * 10_000, [1], DIGEST)
@@ -335,6 +354,7 @@ def test_a_client_that_does_not_read_for_too_long_is_let_go() -> None:
             assert code == grpc.StatusCode.ABORTED
             assert details["ErrorInfo"].reason == "STREAM_STALLED"
         assert running.value("lorikeet_requests_total", method="StreamGenerate", code="ABORTED", adapter="base") == 1
+        assert "Traceback" not in caplog.text
 
     asyncio.run(scenario())
 
