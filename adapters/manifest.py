@@ -1,5 +1,6 @@
 """What is known of an adapter version besides its tensors, as canonical JSON beside them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,6 +23,11 @@ class TrainingInfo:
     hyperparameters: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
+
+    def not_finite(self) -> list[str]:
+        """The metrics and hyper-parameters that JSON cannot hold: NaN and infinity."""
+        numbers = {**self.hyperparameters, **self.metrics}
+        return [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

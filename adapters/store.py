@@ -137,6 +137,8 @@ class AdapterStore:
         """
         check_name(name)
         check_label(label)
+        if training is not None and (names := training.not_finite()):
+            raise InvalidAdapter(f"training: {', '.join(names)} must be finite", faults=names)
         with open_source(source, CONFIG_FILE) as config_fd, open_source(source, WEIGHTS_FILE) as weights_fd:
             config = canonical_config(read_json(config_fd, CONFIG_FILE, limits.max_config_bytes))
             read_header(weights_fd, limits)  # refuse early what would be copied in vain
@@ -178,25 +180,25 @@ class AdapterStore:
             write_file(stage / "record", canonical_json(updated), mtime_ns=modified)
         destination = self._version_path(digest)
         is_new = self._place(stage, content, destination)
-        if updated is not record:
-            try:
+        try:
+            sync_directory(self._versions)
+            if updated is not record:
                 (stage / "record").replace(self._record_path(name))
-            except OSError:
-                if is_new:
-                    destination.rename(content)
-                raise
-            sync_directory(self._names)
+        except OSError:
+            if is_new:
+                destination.rename(content)
+            raise
+        sync_directory(self._names)
         return updated
 
     def _place(self, stage: Path, content: Path, destination: Path) -> bool:
-        """Move `content` to its place unless an intact copy is there; whether it was moved to an empty place."""
+        """Move `content` to its place unless an intact copy is there; whether there was none."""
         is_new = not destination.exists()
         if not is_new:
             if self._is_intact(destination):
                 return False
             destination.rename(stage / "damaged")
         content.rename(destination)
-        sync_directory(self._versions)
         return is_new
 
     def _is_intact(self, path: Path) -> bool:
