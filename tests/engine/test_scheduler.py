@@ -173,6 +173,23 @@ def test_timings_split_queue_load_prefill_and_decode() -> None:
     assert (timings.prefill, timings.decode) == (21.0, 22.0)
 
 
+def test_load_is_counted_from_each_sequences_own_arrival() -> None:
+    world = World()
+    world.submit([1], "a", max_tokens=1)
+    world.plan()
+    world.plan()
+    world.submit([2], "a", max_tokens=1)
+    world.plan()
+    world.adapters.finish_load("a")
+    world.drain(overlap=False)
+    loads = []
+    for request_id in ("r0", "r1"):
+        timings = world.outputs[request_id][-1].timings
+        assert timings is not None
+        loads.append(timings.load)
+    assert loads == [4.0, 2.0]
+
+
 def test_load_is_only_the_part_of_the_queue_that_waited_for_the_adapter() -> None:
     world = World(max_num_seqs=1)
     world.submit([1], max_tokens=6)
@@ -474,10 +491,8 @@ def test_admission_leaves_a_page_to_each_that_runs() -> None:
     world = World(num_pages=4, page_size=4)
     world.submit([1] * 3, max_tokens=8)
     world.step(overlap=False)
+    world.submit([2] * 9, max_tokens=1)  # three pages, and three are free
     assert shape(world.plan()) == [("r0", 3, 1)]
-    world.commit()
-    world.submit([2] * 9, max_tokens=1)
-    assert shape(world.plan()) == [("r0", 4, 1)]
     world.commit()
     world.drain()
     assert world.scheduler.preemptions == 0
@@ -496,8 +511,8 @@ def test_recomputing_is_chunked_like_any_prefill(overlap: bool) -> None:
 def test_a_stream_of_short_ones_does_not_starve_a_long_one(overlap: bool) -> None:
     """The long one needs most of the pool; short ones keep coming, from its own adapter and from another."""
     world = World(num_pages=10, page_size=4, max_num_seqs=4, resident={"a"})
-    for _ in range(4):
-        world.submit([1, 2], "a", max_tokens=4)
+    for index in range(4):  # one ends at every step from now on
+        world.submit([1, 2], "a", max_tokens=3 + index)
     world.step(overlap)
     long = world.submit([3] * 30, max_tokens=8)
     for _ in range(100):
