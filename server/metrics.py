@@ -180,9 +180,10 @@ class Metrics:
         if queue_seconds is not None:
             self._queue.labels(method, code).observe(queue_seconds)
 
-    def request_failed(self, *, method: str, code: str, seconds: float) -> None:
-        """A call ended before its adapter was known to exist, so that its name may be anything."""
-        self._requests.labels(method, code, OTHER_LABEL).inc()
+    def request_without_adapter(self, *, method: str, code: str, seconds: float) -> None:
+        """A call ended that is about no adapter, or whose adapter is not known to exist, so that its name may be
+        anything. Its label is empty, which Prometheus takes for none."""
+        self._requests.labels(method, code, "").inc()
         self._duration.labels(method, code).observe(seconds)
 
     def rejected(self, reason: str) -> None:

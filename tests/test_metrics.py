@@ -46,10 +46,10 @@ def test_requests_are_counted_and_timed() -> None:
     done = {"method": "Generate", "code": "OK"}
     metrics.request_done(**done, adapter="pirate", seconds=0.5, queue_seconds=0.125)
     metrics.request_done(**done, adapter="", seconds=1.5, queue_seconds=None)
-    metrics.request_failed(method="Generate", code="NOT_FOUND", seconds=0.01)
+    metrics.request_without_adapter(method="Generate", code="NOT_FOUND", seconds=0.01)
     assert value(metrics, "requests_total", **done, adapter="pirate") == 1
     assert value(metrics, "requests_total", **done, adapter="base") == 1
-    assert value(metrics, "requests_total", method="Generate", code="NOT_FOUND", adapter="_other") == 1
+    assert value(metrics, "requests_total", method="Generate", code="NOT_FOUND", adapter="") == 1
     assert value(metrics, "request_duration_seconds_sum", **done) == 2.0
     assert value(metrics, "request_duration_seconds_bucket", **done, le="0.64") == 1
     assert value(metrics, "request_queue_seconds_count", **done) == 1

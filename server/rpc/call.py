@@ -127,7 +127,7 @@ class Call:
     def _count(self, code: str) -> None:
         metrics, seconds = self._calls.metrics, self._calls.clock() - self._arrival
         if self.adapter is None:
-            metrics.request_failed(method=self._method, code=code, seconds=seconds)
+            metrics.request_without_adapter(method=self._method, code=code, seconds=seconds)
         else:
             metrics.request_done(
                 method=self._method,

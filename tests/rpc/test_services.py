@@ -155,10 +155,7 @@ def test_an_unexpected_exception_says_nothing_but_an_id(caplog: pytest.LogCaptur
             assert error_id in message
             assert error_id in caplog.text
             assert "/secret/path" in caplog.text
-            assert (
-                running.value("lorikeet_requests_total", method="StreamGenerate", code="INTERNAL", adapter="_other")
-                == 1
-            )
+            assert running.value("lorikeet_requests_total", method="StreamGenerate", code="INTERNAL", adapter="") == 1
 
     asyncio.run(scenario())
 
@@ -282,7 +279,7 @@ def test_a_deadline_closes_the_generation(streams: bool) -> None:
                 code, _, _ = await failure(stub.Generate(Whole(text="Hi"), timeout=0.2))
             assert code == grpc.StatusCode.DEADLINE_EXCEEDED
             await backend.closed.wait()
-        method, adapter = ("StreamGenerate", "base") if streams else ("Generate", "_other")
+        method, adapter = ("StreamGenerate", "base") if streams else ("Generate", "")
         labels = {"method": method, "code": "DEADLINE_EXCEEDED", "adapter": adapter}
         assert running.value("lorikeet_requests_total", **labels) == 1
 
@@ -407,7 +404,7 @@ def test_names_that_do_not_exist_make_no_metric_labels() -> None:
         async with serving(FakeBackend(unknown)) as running:
             for index in range(3):
                 await failure(running.inference.Generate(Whole(text="x", adapter_id=f"guess-{index}")))
-            assert running.value("lorikeet_requests_total", method="Generate", code="NOT_FOUND", adapter="_other") == 3
+            assert running.value("lorikeet_requests_total", method="Generate", code="NOT_FOUND", adapter="") == 3
             assert running.value("lorikeet_rejected_total", reason="ADAPTER_NOT_FOUND") == 3
 
     asyncio.run(scenario())
