@@ -22,7 +22,6 @@ from adapters.validation import (
     read_json,
     refuse,
     scan,
-    summary,
 )
 
 __all__ = ["AdapterLayout", "Limits", "LoraModule", "read_layout"]
@@ -80,7 +79,7 @@ def read_layout(
             ]
         unsupported += [f"{name}: {kind} is not supported" for name in entries if (kind := _unsupported_kind(name))]
         if unsupported:
-            raise UnsupportedAdapter(summary(tuple(unsupported)), faults=unsupported)
+            raise refuse(*unsupported, kind=UnsupportedAdapter)
         if not isinstance(settings, LoraSettings):
             raise refuse(*(settings or ()))
         modules = _bind(settings, entries, linears)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapters.patterns import Pattern, PatternCompiler, UnsafePattern
-from adapters.validation import CONFIG_FILE
+from adapters.validation import CONFIG_FILE, refuse
 
 ALL_LINEAR = "all-linear"
 # Layers that PEFT could adapt and this server does not, by their usual names in the supported families.
@@ -213,7 +213,7 @@ class _Reader:
 
     def flag(self, key: str) -> bool:
         value = self._config.get(key)
-        if value not in (None, True, False):
+        if value is not None and type(value) is not bool:
             self.fault(key, f"is {value!r:.40}; it must be true or false")
         return value is True
 
@@ -272,10 +272,13 @@ def canonical_config(config: Mapping[str, Any]) -> bytes:
     """The same config in one spelling, so that equal adapters hash equally.
 
     PEFT writes its sets of names in an order that changes from run to run. The order within rank_pattern and
-    alpha_pattern stays: the first key that matches wins.
+    alpha_pattern stays: the first key that matches wins. Raises InvalidAdapter.
     """
     plain = dict(sorted(config.items()))
     for key in ("target_modules", "exclude_modules"):
         if isinstance(names := plain.get(key), list) and all(isinstance(name, str) for name in names):
             plain[key] = sorted(set(names))
-    return (json.dumps(plain, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+    try:
+        return json.dumps(plain, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:  # a number beyond a float; lists in lists in lists
+        raise refuse(f"{CONFIG_FILE}: cannot be written again: {error}") from None

@@ -21,8 +21,9 @@ from adapters.errors import InvalidAdapter
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_CHUNK_BYTES = 4 << 20
-# dtype → (bytes, unsigned view, exponent bits: all set means NaN or infinity, all bits but the sign)
+_CHUNK_BYTES = 1 << 20
+_MAX_FAULT = 400  # characters
+# dtype → (bytes, unsigned view, exponent bits: all set in NaN and infinity, all bits but the sign)
 _DTYPES: dict[str, tuple[int, type[np.unsignedinteger[Any]], int, int]] = {
     "F32": (4, np.uint32, 0x7F80_0000, 0x7FFF_FFFF),
     "F16": (2, np.uint16, 0x7C00, 0x7FFF),
@@ -52,15 +53,17 @@ class TensorEntry:
     stop: int
 
 
-def refuse(*faults: str) -> InvalidAdapter:
-    """The error for faults of an adapter: the first few in the message, all of them in `faults`."""
-    return InvalidAdapter(summary(faults), faults=faults)
+def refuse(*faults: str, kind: type[InvalidAdapter] = InvalidAdapter) -> InvalidAdapter:
+    """The error for faults of an adapter: the first three and their number in the message, all of them in `faults`."""
+    shown = [_shown(fault) for fault in faults]
+    message = "; ".join(shown[:3])
+    return kind(message if len(shown) <= 3 else f"{message}; … ({len(shown)} faults in all)", faults=shown)
 
 
-def summary(faults: tuple[str, ...]) -> str:
-    """One line: the first three faults and how many there are in all."""
-    shown = "; ".join(faults[:3])
-    return shown if len(faults) <= 3 else f"{shown}; … ({len(faults)} faults in all)"
+def _shown(fault: str) -> str:
+    """Names in a fault come from the file: on one line, of bounded length, and fit for a terminal."""
+    short = fault if len(fault) <= _MAX_FAULT else f"{fault[:_MAX_FAULT]}…"
+    return short if short.isprintable() else ascii(short)[1:-1]
 
 
 def open_regular(path: Path) -> int:
@@ -230,10 +233,12 @@ def scan(fd: int, entry: TensorEntry) -> Scan:
         count -= count % itemsize
         if count <= 0:
             raise refuse(f"{entry.name}: truncated while it was read")
-        bits = np.frombuffer(buffer, dtype=view, count=count // itemsize)
-        bad = (bits & exponent) == exponent
-        if bad.any():
-            return Scan(is_zero=False, first_bad=(position - entry.start) // itemsize + int(bad.argmax()))
-        is_zero = is_zero and not (bits & magnitude).any()
+        # Without the sign, the bits of a float order as integers: the largest tells of zeros and NaN alike.
+        bits = np.frombuffer(buffer, dtype=view, count=count // itemsize) & magnitude
+        largest = int(bits.max())
+        if largest >= exponent:
+            first = int((bits >= exponent).argmax())
+            return Scan(is_zero=False, first_bad=(position - entry.start) // itemsize + first)
+        is_zero = is_zero and largest == 0
         position += count
     return Scan(is_zero=is_zero, first_bad=None)

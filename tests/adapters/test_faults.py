@@ -15,6 +15,7 @@ import pytest
 
 from adapters.errors import InvalidAdapter, UnsupportedAdapter
 from adapters.layout import Limits, read_layout
+from adapters.validation import Scan, TensorEntry, opened, scan
 from tests.adapters.builders import LINEARS, Q0, config, packed, safetensors, tensors, write_adapter
 
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
@@ -198,6 +199,7 @@ INVALID: dict[str, tuple[Break, str]] = {
         config_text(json.dumps(config()).replace('"lora_alpha": 8', '"lora_alpha": 1e999')),
         "alpha is inf",
     ),
+    "use_rslora one": (settings(use_rslora=1), "use_rslora is 1"),
     "use_rslora of another kind": (settings(use_rslora="yes"), "use_rslora is 'yes'"),
     "rank_pattern of another kind": (settings(rank_pattern=[1]), "rank_pattern must be an object"),
     "rank_pattern with rank 0": (settings(rank_pattern={"q_proj": 0}), "rank_pattern['q_proj'] is 0"),
@@ -313,6 +315,35 @@ def test_all_faults_are_listed_and_the_message_stays_short(tmp_path: Path) -> No
     assert all(any(fault.startswith(name) for fault in caught.value.faults) for name in broken)
     assert caught.value.message.endswith("(9 faults in all)")
     assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("name", ["x\ny", "\x1b[2J", "\ud800", "\u202e", "n" * 100_000])
+def test_names_from_the_file_are_made_safe_to_show(name: str, tmp_path: Path) -> None:
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header(lambda content: content.update({name: entry}))(write_adapter(tmp_path))
+    with pytest.raises(InvalidAdapter, match=r"belongs to no linear layer|nnnnnnn") as caught:
+        read_layout(tmp_path, LINEARS)
+    assert caught.value.message.isprintable()
+    assert caught.value.message.encode()
+    assert len(caught.value.message) < 1000
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [("F16", 0x7C00), ("BF16", 0x7F80)])
+def test_every_16_bit_value_is_judged_rightly(dtype: str, exponent: int, tmp_path: Path) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    floats = bits.view(np.float16) if dtype == "F16" else (bits.astype(np.uint32) << 16).view(np.float32)
+    finite = np.isfinite(floats)
+    assert (((bits & exponent) == exponent) == ~finite).all()
+    (tmp_path / "raw").write_bytes(np.concatenate([bits[finite], bits[~finite]]).tobytes())
+    edge = 2 * int(finite.sum())
+    with opened(tmp_path / "raw") as fd:
+        assert scan(fd, TensorEntry("finite", dtype, (edge // 2,), 0, edge)) == Scan(is_zero=False, first_bad=None)
+        for start in range(edge, 1 << 17, 2):
+            assert scan(fd, TensorEntry("not", dtype, (1,), start, start + 2)).first_bad == 0
+        for start, value in enumerate(floats[finite]):
+            if start % 97 == 0 or value == 0:
+                found = scan(fd, TensorEntry("one", dtype, (1,), 2 * start, 2 * start + 2))
+                assert found.is_zero == bool(value == 0)
 
 
 def test_faults_of_values_are_all_listed(tmp_path: Path) -> None:

@@ -203,6 +203,20 @@ def test_numbers_that_json_cannot_hold_are_refused(where: str, store: AdapterSto
         store.publish(write_adapter(tmp_path / "source"), "a", training=training, **PUBLISH)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    ['{"eva_config": {"x": 1e999}}', '{"eva_config": ' + "[" * 900 + "]" * 900 + "}", '{"revision": "\\ud800"}'],
+)
+def test_odd_but_valid_json_breaks_nothing(raw: str, store: AdapterStore, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source")
+    text = json.dumps(config())[:-1] + "," + raw[1:]
+    (source / "adapter_config.json").write_text(text)
+    try:
+        store.verify(store.publish(source, "a", **PUBLISH))
+    except InvalidAdapter as error:
+        assert "adapter_config.json" in error.message  # noqa: PT017  (some are taken, some refused; none may crash)
+
+
 def test_links_inside_the_source_are_followed(store: AdapterStore, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "source")
     (source / "adapter_config.json").rename(source / "real.json")
