@@ -144,12 +144,15 @@ class Engine:
         except LorikeetError as error:
             self._channel.send(CallDone(message.call_id, error_payload(error)))
         else:
+            self._report()  # first, so that whoever hears of the end of the call finds the adapter gone
             self._channel.send(CallDone(message.call_id))
 
     def _poll_adapters(self) -> None:
         if not self._adapters.is_loading:
             return
         arrivals = self._adapters.poll()
+        if arrivals.loaded:
+            self._report()
         for digest in arrivals.loaded:
             for call_id in self._load_calls.pop(digest, ()):
                 self._channel.send(CallDone(call_id))
@@ -167,10 +170,12 @@ class Engine:
         return LOADING_WAIT if self._adapters.is_loading else IDLE_WAIT
 
     def _send_stats(self) -> None:
-        now = time.monotonic()
-        if now < self._stats_due:
-            return
-        self._stats_due = now + IDLE_WAIT
+        if time.monotonic() >= self._stats_due:
+            self._report()
+
+    def _report(self) -> None:
+        """Send the statistics if they have changed."""
+        self._stats_due = time.monotonic() + IDLE_WAIT
         stats = self.stats()
         if stats != self._last_stats:
             self._last_stats = stats

@@ -94,20 +94,59 @@ def client(server: ServerProcess) -> Iterator[Client]:
     client.close()
 
 
-@pytest.fixture(scope="session")
-def neighbour_tokens(world: World) -> list[int]:
-    return world.oracle.greedy(NEIGHBOUR_PROMPT, NEIGHBOUR_TOKENS, "rank-8")
+class Neighbour:
+    """Someone else's streams, one after the other, each of which must have the tokens it would have alone."""
+
+    def __init__(self, client: Client, expected: list[int]) -> None:
+        self._client = client
+        self._expected = expected
+        self._begun, self._stopping = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.num_streams = 0
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        """Returns when the first token of the first stream is there."""
+        self._thread.start()
+        assert self._begun.wait(timeout=60), self.error
+
+    def stop(self) -> None:
+        """Returns when the stream in progress has ended."""
+        self._stopping.set()
+        self._thread.join(timeout=60)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                answer = Answer()
+                for piece in self._client.open(generation(NEIGHBOUR_PROMPT, "rank-8", NEIGHBOUR_TOKENS)):
+                    answer.add(piece)
+                    self._begun.set()
+                assert answer.last is not None, "the neighbour's stream did not end"
+                assert answer.token_ids == self._expected, "the neighbour's tokens have changed"
+                self.num_streams += 1
+        except BaseException as error:  # noqa: BLE001 (handed to the test's thread)
+            self.error = error
+
+
+@pytest.fixture(scope="module")
+def neighbours(client: Client, world: World) -> Iterator[Neighbour]:
+    expected = world.oracle.greedy(NEIGHBOUR_PROMPT, NEIGHBOUR_TOKENS, "rank-8")
+    neighbour = Neighbour(client, expected)
+    neighbour.start()
+    yield neighbour
+    neighbour.stop()
+    neighbour.check()
+    assert neighbour.num_streams > 0
 
 
 @pytest.fixture
-def neighbour(client: Client, neighbour_tokens: list[int]) -> Iterator[None]:
-    """Someone else's stream, under way before the test's first line: its tokens must be what they are alone."""
-    stream = client.open(generation(NEIGHBOUR_PROMPT, "rank-8", NEIGHBOUR_TOKENS))
-    answer = Answer()
-    answer.add(next(stream))
-    reader = threading.Thread(target=lambda: [answer.add(piece) for piece in stream])
-    reader.start()
+def neighbour(neighbours: Neighbour) -> Iterator[None]:
+    """Someone else's stream runs during the test and must not notice."""
+    neighbours.check()
     yield
-    reader.join(timeout=60)
-    assert answer.last is not None, "the neighbour's stream did not end"
-    assert answer.token_ids == neighbour_tokens
+    neighbours.check()
