@@ -29,8 +29,13 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 
 
-def build_engine(config: EngineConfig, channel: Channel, progress: Callable[[str], None] = log.info) -> Engine:
-    """Load the base and set aside memory. Raises BaseModelError or ConfigError with what to change."""
+def build_engine(
+    config: EngineConfig, channel: Channel, progress: Callable[[str], None] = log.info, overlap: int | None = None
+) -> Engine:
+    """Load the base and set aside memory. Raises BaseModelError or ConfigError with what to change.
+
+    `overlap` None is 1 on a GPU and 0 on a CPU, where there is no device to wait for.
+    """
     device = resolve_device(config.device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -41,7 +46,7 @@ def build_engine(config: EngineConfig, channel: Channel, progress: Callable[[str
     progress(f"loading {directory.name} in {_name(dtype)} on {device}")
     weights = load_weights(directory, spec, dtype, device)
     available = _available_bytes(device)
-    pool = AdapterPool(spec, config.adapter_cache_bytes or min(available // 10, GIB if device.type == "cpu" else available), dtype, device)
+    pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
     num_pages = _num_pages(config, spec, dtype, available)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
     cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
@@ -83,7 +88,7 @@ def build_engine(config: EngineConfig, channel: Channel, progress: Callable[[str
         channel=channel,
         ready=ready,
         memory=memory,
-        overlap=0 if device.type == "cpu" else 1,
+        overlap=overlap if overlap is not None else int(device.type != "cpu"),
     )
 
 
@@ -140,6 +145,12 @@ def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, availa
     if num_pages < 1:
         raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")
     return num_pages
+
+
+def _adapter_bytes(config: EngineConfig, available: int, device: torch.device) -> int:
+    if config.adapter_cache_bytes is not None:
+        return config.adapter_cache_bytes
+    return min(available // 10, GIB) if device.type == "cpu" else available // 10
 
 
 def _available_bytes(device: torch.device) -> int:

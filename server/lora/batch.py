@@ -65,29 +65,30 @@ def build_lora_batch(pool: AdapterPool, decodes: Sequence[TokenSpan], prefills: 
 def _runs(spans: Sequence[TokenSpan], device: torch.device) -> tuple[RowRun, ...]:
     """Rows of the spans' adapters, neighbours joined; a hole of other adapters' rows splits a run."""
     ranges = sorted({piece for span in spans if span.rows is not None for piece in span.rows})
+    if not ranges:
+        return ()
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
         if joined and start - joined[-1][1] < 4:  # the unused end of a page is cheaper to pass over than to leave out
             start = joined.pop()[0]
         joined.append((start, stop))
-    owned_of = {rows: _owned(rows, joined) for rows in {span.rows for span in spans}}
-    owned = torch.cat([owned_of[span.rows].expand(span.length, -1) for span in spans]) if spans else torch.empty(0, 0)
-    owned = owned.to(device).unsqueeze(1)  # [n, 1, rows]
+    foreign_to = {rows: _foreign(rows, joined) for rows in {span.rows for span in spans}}
+    foreign = torch.cat([foreign_to[span.rows].expand(span.length, -1) for span in spans]).to(device)
     runs: list[RowRun] = []
     first = 0
     for start, stop in joined:
-        runs.append(RowRun(start, stop, owned[:, :, first : first + stop - start]))
+        runs.append(RowRun(start, stop, foreign[:, None, first : first + stop - start]))
         first += stop - start
     return tuple(runs)
 
 
-def _owned(rows: Ranges | None, joined: Sequence[tuple[int, int]]) -> Tensor:
-    """[1, all rows of the runs] bool: those in `rows`."""
-    index = torch.cat([torch.arange(start, stop) for start, stop in joined]) if joined else torch.empty(0)
-    owned = torch.zeros(1, len(index), dtype=torch.bool)
+def _foreign(rows: Ranges | None, joined: Sequence[tuple[int, int]]) -> Tensor:
+    """[1, all rows of the runs] bool: those not in `rows`."""
+    index = torch.cat([torch.arange(start, stop) for start, stop in joined])
+    foreign = torch.ones(1, len(index), dtype=torch.bool)
     for start, stop in rows or ():
-        owned[0] |= (index >= start) & (index < stop)
-    return owned
+        foreign[0] &= (index < start) | (index >= stop)
+    return foreign
 
 
 def _segments(spans: Sequence[TokenSpan], first: int) -> tuple[_Segment, ...]:

@@ -53,7 +53,9 @@ def choose(popularity: str, count: int, num_adapters: int, rng: random.Random) -
     return [rng.choice([None, 0, 2]) for _ in range(count)]
 
 
-def expected(x: Tensor, y: Tensor, adapters: list[PackedAdapter], owner: list[int | None], group: str, layer: int) -> Tensor:
+def expected(
+    x: Tensor, y: Tensor, adapters: list[PackedAdapter], owner: list[int | None], group: str, layer: int
+) -> Tensor:
     """One adapter at a time, in float64."""
     out = y.double().clone()
     for which in {who for who in owner if who is not None}:

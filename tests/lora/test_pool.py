@@ -15,7 +15,9 @@ def make_pool(pages: int) -> AdapterPool:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(st.integers(1, 40), st.sampled_from(["free"])), max_size=60), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.one_of(st.integers(1, 40), st.sampled_from(["free"])), max_size=60), st.randoms(use_true_random=False)
+)
 def test_rows_are_disjoint_and_none_is_lost(actions: list[int | str], rng: object) -> None:
     pool = make_pool(30)
     held: list[tuple[tuple[int, int], ...]] = []

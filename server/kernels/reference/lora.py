@@ -19,11 +19,11 @@ from torch import Tensor
 
 
 class RowRun(NamedTuple):
-    """Pool rows [start, stop) and owned [n, 1, stop − start]: which of them belong to each token's adapter."""
+    """Pool rows [start, stop) and foreign [n, 1, stop − start]: which of them are not of each token's adapter."""
 
     start: int
     stop: int
-    owned: Tensor
+    foreign: Tensor
 
 
 def lora_decode(
@@ -40,7 +40,7 @@ def lora_decode(
     for run in runs:
         rows = run.stop - run.start
         h = (x @ a[run.start : run.stop].reshape(rows * num_slices, -1).t()).view(n, rows, num_slices)
-        h = h.transpose(1, 2).masked_fill(~run.owned, 0)  # [n, slices, rows]
+        h = h.transpose(1, 2).masked_fill(run.foreign, 0)  # [n, slices, rows]
         _expand(y, h, [weight[run.start : run.stop] for weight in b], widths)
 
 
