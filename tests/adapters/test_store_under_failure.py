@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -151,9 +152,43 @@ def test_killed_at_each_point_the_old_or_the_new_state_is_left(tmp_path: Path) -
     assert min(points) > 10
 
 
+def publish_two_at_once(store: AdapterStore, mine: Path, other: Path, at: int) -> tuple[str, str | None]:
+    """Publishes `other` while the publication of `mine` is at its point `at`; None: it has no such point."""
+    found: list[str] = []
+    thread = Thread(target=lambda: found.append(store.publish(other, "a", label="other", **PUBLISH).digest))
+
+    def meet() -> None:
+        thread.start()
+        thread.join(0.2)  # it comes to its end, or waits for the lock that this one holds
+
+    with interrupted(at, meet):
+        digest = store.publish(mine, "a", label="mine", **PUBLISH).digest
+    if thread.ident is None:
+        return digest, None
+    thread.join()
+    return digest, found[0]
+
+
+def test_another_publication_at_any_point_loses_nothing(tmp_path: Path) -> None:
+    first, second, third = (write_adapter(tmp_path / f"source{seed}", seed=seed) for seed in range(3))
+    at = 0
+    while True:
+        store = AdapterStore(tmp_path / f"store{at}")
+        old = store.publish(third, "a", **PUBLISH).digest
+        mine, other = publish_two_at_once(store, first, second, at)
+        if other is None:
+            break
+        assert store.labels("a") == {"latest": old, "mine": mine, "other": other}
+        assert len(store.record("a").history) == 3
+        assert state(store)[2] == []
+        at += 1
+    assert at > 10
+
+
 PUBLISHER = """
 import sys
 from pathlib import Path
+from threading import Thread
 from adapters.store import AdapterStore
 from tests.adapters.builders import PUBLISH
 store = AdapterStore(Path(sys.argv[1]))
