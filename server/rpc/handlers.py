@@ -48,12 +48,14 @@ def _method_handler(
     response = message_factory.GetMessageClass(descriptor.output_type)
     return make(
         handle,
-        request_deserializer=_parser(message_factory.GetMessageClass(descriptor.input_type)),
+        request_deserializer=parser(message_factory.GetMessageClass(descriptor.input_type)),
         response_serializer=response.SerializeToString,
     )
 
 
-def _parser(request: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
+def parser(request: type[Message]) -> Callable[[bytes], Message | InvalidRequest]:
+    """What makes a request of bytes, or of bytes that are none, the error to raise: gRPC gives a parser no way to
+    choose the status."""
     descriptor = cast(Descriptor, request.DESCRIPTOR)  # typeshed leaves upb's own class open
 
     def parse(data: bytes) -> Message | InvalidRequest:
