@@ -1,6 +1,6 @@
 """Time the engine in-process, one JSON line a case, with the keys of the peers' scripts.
 
-    python -m benchmarks.engine --model DIR --adapters DIR [--prompt 32] [--new 32]
+    python -m benchmarks.engine --model DIR --adapters DIR [--cases 1x0,16x16] [--prompt 32] [--new 32]
 
 A case is batch × adapters: `batch` sequences over as many distinct adapters (0: none), greedy, with random prompts.
 `prefill_ms` is the time to all first tokens; `step_ms` is that of one decode step, from the difference of two runs.
@@ -21,8 +21,8 @@ from server.engine.build import build_engine
 from server.engine.engine import Engine
 from server.engine.messages import (
     AdapterRef,
-    LoadAdapter,
     CallDone,
+    LoadAdapter,
     RequestFailed,
     SamplingParams,
     StepOutputs,
@@ -32,7 +32,7 @@ from server.engine.messages import (
     ToFrontend,
 )
 
-CASES = ((1, 0), (16, 0), (1, 1), (16, 1), (16, 16))
+CPU_CASES = "1x0,16x0,1x1,16x1,16x16"
 
 
 class Collector:
@@ -106,21 +106,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory; the embedded default when absent")
     parser.add_argument("--adapters", type=Path, required=True)
+    parser.add_argument("--cases", default=CPU_CASES, help="batch x adapters, …")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--max-batch-tokens", type=int, default=512)
     args = parser.parse_args()
+    cases = [(int(batch), int(adapters)) for batch, adapters in (case.split("x") for case in args.cases.split(","))]
     base = resolve_base(args.model)
     collector = Collector()
     config = EngineConfig(
-        base_path=str(base.path), base_digest=base.digest, device=args.device, max_num_seqs=16, prefix_caching=False,
-        max_batch_tokens=512,
+        base_path=str(base.path),
+        base_digest=base.digest,
+        device=args.device,
+        max_model_len=min(base.spec.max_position, args.prompt + args.new + 16),
+        max_num_seqs=max(batch for batch, _ in cases),
+        max_batch_tokens=args.max_batch_tokens,
+        prefix_caching=False,
     )
     engine = build_engine(config, collector)
-    count = max(adapters for _, adapters in CASES)
+    count = max(adapters for _, adapters in cases)
     refs = [AdapterRef(f"sha256:{i:064x}", str(args.adapters / f"a{i}")) for i in range(count)]
     bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
-    for batch, adapters in CASES:
+    for batch, adapters in cases:
         print(json.dumps(bench.case(batch, adapters, args.new)), flush=True)
     engine.check_integrity()
 

@@ -52,7 +52,12 @@ def build_engine(
     cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
     adapters = AdapterCache(pool, lambda path: load_adapter(path, spec, dtype))
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
-    max_batch_tokens = config.max_batch_tokens or (256 if device.type == "cpu" else 4096)
+    max_batch_tokens = config.max_batch_tokens or max(256 if device.type == "cpu" else 4096, config.max_num_seqs)
+    if max_batch_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-batch-tokens {max_batch_tokens} is less than --max-num-seqs {config.max_num_seqs}: "
+            "a step must have room for a token of every running sequence"
+        )
     scheduler = Scheduler(
         pages=pages,
         adapters=adapters,
