@@ -33,9 +33,14 @@ def parse_adapter_id(text: str) -> AdapterId:
     return AdapterId(name, check_label(version), None)
 
 
+def is_name(name: str) -> bool:
+    """Whether this can be the name of an adapter."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
 def check_name(name: str) -> str:
     """The name of an adapter: at most 128 characters."""
-    if not _NAME.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise InvalidAdapterId(f"adapter name {name!r:.80} is not valid: 1 to 128 {_RULE}")
     return name
 
@@ -47,8 +52,13 @@ def check_label(label: str) -> str:
     return label
 
 
+def is_digest(text: str) -> bool:
+    """Whether this is a content digest."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_digest(digest: str) -> str:
     """A content digest: `sha256:` and 64 lower-case hex digits."""
-    if not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidAdapterId(f"adapter digest {digest!r:.80} is not valid: 'sha256:' and 64 lower-case hex digits")
     return digest

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterNotFound
-from adapters.ids import DEFAULT_LABEL, AdapterId
+from adapters.ids import DEFAULT_LABEL, AdapterId, is_digest, is_name
 
 _HISTORY_LENGTH = 256
 
@@ -21,12 +21,21 @@ class LabelMove:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NameRecord:
-    """All of one name. `versions` are digests in the order they were first published, `history` the last moves."""
+    """All of one name. `versions` are digests in the order they were first published, `history` the last moves.
+
+    There is always a label `latest`, and every label points at one of the versions: else ValueError.
+    """
 
     name: str
     labels: Mapping[str, str]
     versions: tuple[str, ...]
-    history: tuple[LabelMove, ...] = ()
+    history: tuple[LabelMove, ...]
+
+    def __post_init__(self) -> None:
+        if not is_name(self.name) or not all(map(is_digest, self.versions)):
+            raise ValueError("its name or a digest is malformed")
+        if DEFAULT_LABEL not in self.labels or not set(self.labels.values()) <= set(self.versions):
+            raise ValueError("its labels do not fit its versions")
 
     def digest_of(self, adapter_id: AdapterId) -> str:
         """The version an id of this name means. Raises AdapterNotFound."""
@@ -60,5 +69,6 @@ class NameRecord:
 
 def new_record(name: str, label: str, digest: str, at: str) -> NameRecord:
     """A name's first record. `latest` is set whatever the label, so that a bare name always means something."""
-    empty = NameRecord(name=name, labels={}, versions=())
-    return empty.with_label(DEFAULT_LABEL, digest, at).with_label(label, digest, at)
+    move = LabelMove(label=DEFAULT_LABEL, digest=digest, previous=None, at=at)
+    record = NameRecord(name=name, labels={DEFAULT_LABEL: digest}, versions=(digest,), history=(move,))
+    return record.with_label(label, digest, at)

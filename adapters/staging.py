@@ -46,6 +46,8 @@ def _is_abandoned(owner: Path) -> bool:
         fd = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return True  # killed between making the directory and its owner file
+    except OSError:
+        return False  # another user's, or nothing of ours
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

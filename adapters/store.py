@@ -18,7 +18,7 @@ from pathlib import Path
 from adapters.content import damage, describe
 from adapters.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
 from adapters.files import copy_file, locked, store_error, store_errors, sync_directory, write_file
-from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, parse_adapter_id
+from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, is_name, parse_adapter_id
 from adapters.layout import Limits, read_layout
 from adapters.manifest import MANIFEST_FILE, Manifest, TrainingInfo, canonical_json, decode_json, utc_now
 from adapters.peft_config import canonical_config
@@ -67,7 +67,7 @@ class AdapterStore:
             return []
         except OSError as error:
             raise store_error(error, self._names) from error
-        return sorted(file.removesuffix(".json") for file in found if file.endswith(".json") and file[0] != ".")
+        return sorted(name for file in found if file.endswith(".json") and is_name(name := file.removesuffix(".json")))
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Raises AdapterNotFound."""
@@ -82,13 +82,16 @@ class AdapterStore:
         """What a name points at. Raises AdapterNotFound."""
         path = self._record_path(name)
         try:
-            return decode_json(path.read_bytes(), NameRecord)
+            record = decode_json(path.read_bytes(), NameRecord)
+            if record.name != name:
+                raise ValueError(f"it is of {record.name!r}")
         except FileNotFoundError:
             raise AdapterNotFound(f"no adapter {name!r} in the store at {self.root}") from None
         except OSError as error:
             raise store_error(error, path) from error
         except ValueError as error:
             raise StoreUnavailable(f"the record {path} is damaged: {error}", path=str(path)) from None
+        return record
 
     def stamp(self, name: str) -> Stamp | None:
         """Changes whenever the name's record does; None when there is no such name. One stat, no read."""

@@ -270,7 +270,30 @@ def test_publishing_again_heals_a_damaged_version(file: str, store: AdapterStore
     store.verify(healed)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'{"name":"a"}', b'{"name":"a","labels":{"x":1},"versions":[]}'])
+RECORD = {"name": "a", "labels": {"latest": "sha256:" + "0" * 64}, "versions": ["sha256:" + "0" * 64], "history": []}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"name":"a"}',
+        *(
+            json.dumps({**RECORD, **change}).encode()
+            for change in (
+                {"name": "b"},
+                {"name": "../b"},
+                {"labels": {}},
+                {"labels": {"latest": 1}},
+                {"versions": []},
+                {"versions": ["../../x"], "labels": {"latest": "../../x"}},
+            )
+        ),
+    ],
+)
 def test_a_damaged_record_is_told_and_hurts_no_other(raw: bytes, store: AdapterStore, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "source")
     store.publish(source, "a", **PUBLISH)
@@ -280,6 +303,13 @@ def test_a_damaged_record_is_told_and_hurts_no_other(raw: bytes, store: AdapterS
     with pytest.raises(StoreUnavailable, match=r"names/a\.json is damaged"):
         store.resolve("a")
     assert store.resolve("b").name == "b"
+
+
+def test_what_others_put_among_the_names_is_no_name(store: AdapterStore, tmp_path: Path) -> None:
+    store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+    for stray in (".a.json.swp", "A.json", "..json", "b.json~", ".json"):
+        (store.root / "names" / stray).write_text("")
+    assert store.names() == ["a"]
 
 
 def test_the_default_root_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
