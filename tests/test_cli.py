@@ -2,8 +2,10 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass, field
@@ -42,21 +44,31 @@ class FakeServer(
     adapter_pb2_grpc.AdapterServiceServicer,
     server_pb2_grpc.ServerServiceServicer,
 ):
-    """Answers from a script and keeps what it was asked. `refusal`, if set, is the answer to everything."""
+    """Answers from a script and keeps what it was asked. `refusal`, if set, is the answer to everything; one that
+    `holds` gives its pieces and never ends the answer by itself: `held` then, and `released` when the call is over."""
 
     refusal: status_pb2.Status | None = None
     requests: list[Any] = field(default_factory=list)
     pieces: list[inference_pb2.StreamGenerateResponse] = field(default_factory=list)
     adapters: list[adapter_pb2.Adapter] = field(default_factory=list)
     address: str = ""
+    holds: bool = False
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
     def _take(self, request: Any, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         if self.refusal is not None:
             context.abort_with_status(rpc_status.to_status(self.refusal))
 
+    def _hold(self, context: grpc.ServicerContext) -> None:
+        if self.holds and context.add_callback(self.released.set):
+            self.held.set()
+            self.released.wait()
+
     def Generate(self, request: Any, context: grpc.ServicerContext) -> inference_pb2.GenerateResponse:
         self._take(request, context)
+        self._hold(context)
         whole = inference_pb2.GenerateResponse()
         for piece in self.pieces:
             whole.MergeFromString(piece.SerializeToString())
@@ -68,6 +80,7 @@ class FakeServer(
     ) -> Iterator[inference_pb2.StreamGenerateResponse]:
         self._take(request, context)
         yield from self.pieces
+        self._hold(context)
 
     def ListAdapters(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.ListAdaptersResponse:
         self._take(request, context)
@@ -364,15 +377,26 @@ def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert "lorikeet serve" in _error(capsys)
 
 
-def test_timeout(server: FakeServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def wait(request: Any, context: grpc.ServicerContext) -> None:
-        done = futures.Future[None]()
-        context.add_callback(lambda: done.set_result(None))
-        done.result()
-
-    monkeypatch.setattr(server, "_take", wait)
+def test_timeout(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.pieces, server.holds = [], True
     assert main(["generate", "x", "--timeout", "0.2"]) == ExitCode.TIMEOUT
     assert "--timeout" in _error(capsys)
+
+
+@pytest.mark.parametrize("options", [["--stream"], ["--no-stream"]])
+def test_interrupting_cancels_the_call(options: list[str], server: FakeServer) -> None:
+    server.holds = True
+    command = [sys.executable, "-m", "server.cli", "generate", "x", "--server", server.address, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if options == ["--stream"]:
+            assert process.stdout.read(4) == "Ahoy"
+        assert server.held.wait(30)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert errors == ""
+    assert server.released.wait(30)
 
 
 def test_a_bug_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The client side of the gRPC contract: a channel, and every failed call as one line that says what to do."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -15,13 +16,28 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 @contextmanager
 def connect(server: str) -> Iterator[grpc.Channel]:
-    """A channel to `server` (host:port); a call on it that fails raises Failure."""
+    """A channel to `server` (host:port); a call on it that fails raises Failure, one cancelled KeyboardInterrupt."""
     limits = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
     with grpc.insecure_channel(server, options=limits) as channel:
         try:
             yield channel
         except grpc.RpcError as error:
+            if cast(grpc.Call, error).code() is grpc.StatusCode.CANCELLED:
+                raise KeyboardInterrupt from error
             raise _failure(error, server) from error
+
+
+@contextmanager
+def cancelled_by_interrupt(call: grpc.Future) -> Iterator[None]:
+    """Ctrl-C cancels the call, in place of raising KeyboardInterrupt.
+
+    That, raised in the midst of gRPC's own waiting for a stream, can leave its threads waiting for each other.
+    """
+    previous = signal.signal(signal.SIGINT, lambda *_: call.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _failure(error: grpc.RpcError, server: str) -> Failure:

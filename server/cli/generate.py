@@ -101,7 +101,7 @@ def _read_prompt(prompt: str) -> str:
 
 def _call(server: str, request: "StreamGenerateRequest", timeout: float | None, *, stream: bool, json: bool) -> None:
     from lorikeet.v1 import inference_pb2, inference_pb2_grpc
-    from server.cli.client import connect
+    from server.cli.client import cancelled_by_interrupt, connect
 
     with connect(server) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -111,11 +111,9 @@ def _call(server: str, request: "StreamGenerateRequest", timeout: float | None, 
             print_json(answer_fields(reply)) if json else print_text(reply.text)
             return
         call = stub.StreamGenerate(request, timeout=timeout)
-        try:
+        with cancelled_by_interrupt(call):
             for piece in call:
                 print_json(answer_fields(piece)) if json else print_text(piece.text, end="")
-        finally:
-            call.cancel()  # Ctrl-C, or the reader of our output left
         if not json:
             print_text("")
 
