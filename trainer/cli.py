@@ -5,10 +5,12 @@ failed), 5 no room on the disk, 6 the store cannot be reached, 130 interrupted. 
 """
 
 import json as json_module
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -117,10 +119,11 @@ def _quieten() -> None:
     """Keep transformers' own bars and advice off the terminal."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises another package when it finds no GPU
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of PEFT's calls, not ours
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager
