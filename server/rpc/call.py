@@ -15,7 +15,11 @@ from server.errors import ShuttingDown
 from server.metrics import Metrics
 from server.rpc.status import status_of, unexpected_status
 
-# How long a status may take to leave.
+# A client ends its call by its own clock, which began before the server's: with less than this left (seconds), a
+# call that is cancelled was late.
+CLOCK_SLACK = 0.05
+
+# How long a status may take to leave, in seconds.
 ABORT_SECONDS = 0.5
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -122,7 +126,7 @@ class Call:
 
     def _is_late(self) -> bool:
         remaining = self._context.time_remaining()
-        return remaining is not None and remaining <= 0
+        return remaining is not None and remaining <= CLOCK_SLACK
 
     def _count(self, code: str) -> None:
         metrics, seconds = self._calls.metrics, self._calls.clock() - self._arrival

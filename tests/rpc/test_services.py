@@ -272,11 +272,16 @@ def test_a_deadline_closes_the_generation(streams: bool) -> None:
     async def scenario() -> None:
         backend = FakeBackend(one_then_hang)
         async with serving(backend) as running:
+            await running.channel.channel_ready()
             stub = running.inference
             if streams:
-                code, _, _ = await failure(stub.StreamGenerate(Stream(text="Hi"), timeout=0.2))
+                stream = stub.StreamGenerate(Stream(text="Hi"), timeout=1)
+                assert (await stream.read()).text == "a"
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await stream.read()
+                code = await stream.code()
             else:
-                code, _, _ = await failure(stub.Generate(Whole(text="Hi"), timeout=0.2))
+                code, _, _ = await failure(stub.Generate(Whole(text="Hi"), timeout=1))
             assert code == grpc.StatusCode.DEADLINE_EXCEEDED
             await backend.closed.wait()
         method, adapter = ("StreamGenerate", "base") if streams else ("Generate", "")
