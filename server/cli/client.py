@@ -28,7 +28,7 @@ def connect(server: str) -> Iterator[grpc.Channel]:
 
 
 @contextmanager
-def cancelled_by_interrupt(call: grpc.Future) -> Iterator[None]:
+def cancelled_by_interrupt(call: grpc.Call) -> Iterator[None]:
     """Ctrl-C cancels the call, in place of raising KeyboardInterrupt.
 
     That, raised in the midst of gRPC's own waiting for a stream, can leave its threads waiting for each other.
