@@ -62,7 +62,9 @@ class Collector:
 class Bench:
     """An engine with the wanted adapters resident."""
 
-    def __init__(self, engine: Engine, collector: Collector, vocab: int, adapters: list[AdapterRef], prompt: int) -> None:
+    def __init__(
+        self, engine: Engine, collector: Collector, vocab: int, adapters: list[AdapterRef], prompt: int
+    ) -> None:
         self._engine = engine
         self._collector = collector
         self._vocab = vocab

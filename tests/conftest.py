@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# One thread a process: tiny models gain nothing from more, and threads that wait for each other crawl on a busy machine.
+# One thread a process: tiny models gain nothing from more, and threads waiting for each other crawl on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -46,7 +46,9 @@ class LoraBatch:
             lora_segment(y[start:stop], x[start:stop], a, b, rows, widths)
 
 
-def build_lora_batch(pool: AdapterPool, decodes: Sequence[TokenSpan], prefills: Sequence[TokenSpan]) -> LoraBatch | None:
+def build_lora_batch(
+    pool: AdapterPool, decodes: Sequence[TokenSpan], prefills: Sequence[TokenSpan]
+) -> LoraBatch | None:
     """None when no token has an adapter. Decodes come first in the batch and have length 1."""
     spans = [*decodes, *prefills]
     distinct = {span.rows for span in spans if span.rows is not None}

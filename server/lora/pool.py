@@ -34,8 +34,10 @@ class AdapterPool:
 
     def __init__(self, spec: ModelSpec, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         groups = linear_groups(spec)
-        self.row_bytes = spec.num_layers * dtype.itemsize * sum(
-            len(group.modules) * group.in_features + sum(group.widths) for group in groups
+        self.row_bytes = (
+            spec.num_layers
+            * dtype.itemsize
+            * sum(len(group.modules) * group.in_features + sum(group.widths) for group in groups)
         )
         self.num_rows = num_bytes // (self.row_bytes * PAGE_ROWS) * PAGE_ROWS
         shape = (spec.num_layers, self.num_rows)

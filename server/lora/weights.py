@@ -79,13 +79,13 @@ def _pack(file: safe_open, module: LoraModule, a: Tensor, b: Tensor) -> None:
     b[: module.rank] = (file.get_tensor(module.b_key).float() * module.scaling).t()
 
 
-def _check_finite(directory: Path, dtype: torch.dtype, a: Mapping[str, Tensor], b: Mapping[str, tuple[Tensor, ...]]) -> None:
+def _check_finite(
+    directory: Path, dtype: torch.dtype, a: Mapping[str, Tensor], b: Mapping[str, tuple[Tensor, ...]]
+) -> None:
     """The files are finite, but narrowing to float16, or the scaling, may overflow."""
-    overflowed = [
-        name for name in a if not all(bool(torch.isfinite(tensor).all()) for tensor in (a[name], *b[name]))
-    ]
+    overflowed = [name for name in a if not all(bool(torch.isfinite(tensor).all()) for tensor in (a[name], *b[name]))]
     if overflowed:
         raise InvalidAdapter(
-            f"{directory}: values overflow {dtype} once scaled, in {', '.join(overflowed)}; serve in bfloat16 or float32",
+            f"{directory}: values overflow {dtype} once scaled, in {', '.join(overflowed)}; use bfloat16 or float32",
             faults=[f"{name}: not finite in {dtype}" for name in overflowed],
         )

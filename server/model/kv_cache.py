@@ -23,7 +23,9 @@ class KVCache:
     ) -> Self:
         shape = (spec.num_layers, num_pages * page_size, spec.num_kv_heads, spec.head_dim)
         # On a CPU the operating system backs these pages only once they are written.
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), page_size)
+        return cls(
+            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), page_size
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -41,7 +41,9 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise BaseModelError(f"{self._directory / path}: {error}") from error
         if tuple(tensor.shape) != shape:
-            raise BaseModelError(f"{self._directory / path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
+            raise BaseModelError(
+                f"{self._directory / path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}"
+            )
         return tensor.to(self._dtype)
 
 

@@ -43,7 +43,11 @@ class ModelWeights:
             total += self.head.num_bytes
         for layer in self.layers:
             total += sum(p.num_bytes for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
-            total += sum(_tensor_bytes(t) for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm) if t is not None)
+            total += sum(
+                _tensor_bytes(t)
+                for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
+                if t is not None
+            )
         return total
 
 
@@ -63,7 +67,7 @@ class Transformer:
         )
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Logits [samples, vocab] of the tokens in batch.sample_index, in the model's dtype; K and V go to the cache."""
+        """Logits [samples, vocab] of the tokens in batch.sample_index, in the model's dtype; K and V go to cache."""
         eps = self.spec.rms_eps
         cos = self._cos[batch.positions].unsqueeze(1)  # [n, 1, d]
         sin = self._sin[batch.positions].unsqueeze(1)
@@ -75,7 +79,9 @@ class Transformer:
             x = _linear(layer.gate_up, x, batch.lora, "gate_up", index)
             x = _linear(layer.down, silu_mul(x), batch.lora, "down", index)
             last = index + 1 == len(self.weights.layers)
-            x, residual = add_rms_norm(x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps)
+            x, residual = add_rms_norm(
+                x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps
+            )
         return self.weights.head(x[batch.sample_index])
 
     def _attend(

@@ -33,7 +33,8 @@ def test_rows_are_disjoint_and_none_is_lost(actions: list[int | str], rng: objec
             assert sum(stop - start for start, stop in ranges) == action
             held.append(ranges)
         rows = [row for ranges in held for start, stop in ranges for row in range(start, stop)]
-        assert len(rows) == len(set(rows)) and all(0 <= row < pool.num_rows for row in rows)
+        assert len(rows) == len(set(rows))
+        assert all(0 <= row < pool.num_rows for row in rows)
     for ranges in held:
         pool.free(ranges)
     assert pool.num_free_rows == pool.num_rows
@@ -57,7 +58,8 @@ def test_freeing_twice_is_caught() -> None:
 def test_a_write_touches_its_rows_only() -> None:
     pool = make_pool(4)
     first, second = pool.allocate(5), pool.allocate(6)
-    assert first is not None and second is not None
+    assert first is not None
+    assert second is not None
     pool.write(second, random_adapter(6, torch.float32, torch.Generator().manual_seed(0)))
     for group in pool.groups.values():
         for tensor in (group.a, *group.b):

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def paged_decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, mask: Tensor, scale: float) -> Tensor:
+def paged_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, mask: Tensor, scale: float
+) -> Tensor:
     """One query a sequence: q [n, heads, d] over slots [n, t] of the caches → [n, heads, d].
 
     Row i attends to slots[i, j] where mask[i, 0, 0, j] ([n, 1, 1, t], bool) is true.
