@@ -1,18 +1,19 @@
 """An adapter's files as tensors ready for the pool. Runs off the step loop."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from adapters.errors import InvalidAdapter
-from adapters.layout import LoraModule, read_layout
+from adapters.layout import Limits, LoraModule, read_layout
+from adapters.validation import WEIGHTS_FILE, opened, read_header, refuse
 from server.base.spec import ModelSpec
 
-WEIGHTS_FILE = "adapter_model.safetensors"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,13 @@ class PackedAdapter:
 
 def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype) -> PackedAdapter:
     """Read, check and pack a PEFT directory. Raises InvalidAdapter or UnsupportedAdapter listing the faults."""
-    layout = read_layout(directory, spec.linears())
+    # Whether an adapter without effect is wanted was decided when it was published.
+    layout = read_layout(directory, spec.linears(), allow_zero=True)
     rank = max(module.rank for module in layout.modules.values())
     a: dict[str, Tensor] = {}
     b: dict[str, tuple[Tensor, ...]] = {}
-    with safe_open(directory / WEIGHTS_FILE, framework="pt") as file:
+    with opened(directory / WEIGHTS_FILE) as fd:
+        file = TensorFile(fd)
         for group in linear_groups(spec):
             slices = len(group.modules)
             group_a = torch.zeros(spec.num_layers, rank, slices, group.in_features, dtype=dtype)
@@ -72,11 +75,34 @@ def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype) -> Packed
     return PackedAdapter(rank, a, b)
 
 
-def _pack(file: safe_open, module: LoraModule, a: Tensor, b: Tensor) -> None:
+class TensorFile:
+    """The tensors of an open safetensors file, read and not mapped: one cut short under a map ends the process."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._entries = {entry.name: entry for entry in read_header(fd, Limits())}
+
+    def tensor(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Raises InvalidAdapter if the file is no longer what was checked."""
+        entry = self._entries.get(name)
+        if entry is None or entry.shape != shape:
+            raise refuse(f"{name}: changed while it was read")
+        data = memoryview(bytearray(entry.stop - entry.start))
+        position = 0
+        while position < len(data):  # one read takes 2 GiB at most
+            count = os.preadv(self._fd, [data[position:]], entry.start + position)
+            if count == 0:
+                raise refuse(f"{name}: truncated while it was read")
+            position += count
+        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(shape)
+
+
+def _pack(file: TensorFile, module: LoraModule, a: Tensor, b: Tensor) -> None:
     """Copy one module's A [r, in] and B [out, r] into rows [:r] of a [rank, in] and b [rank, out]."""
-    a[: module.rank] = file.get_tensor(module.a_key)
+    rank = module.rank
+    a[:rank] = file.tensor(module.a_key, (rank, a.shape[1]))
     # Scaled in float32, so that a scaling that is no power of two is rounded once.
-    b[: module.rank] = (file.get_tensor(module.b_key).float() * module.scaling).t()
+    b[:rank] = (file.tensor(module.b_key, (b.shape[1], rank)).float() * module.scaling).t()
 
 
 def _check_finite(
