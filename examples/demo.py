@@ -138,7 +138,7 @@ async def _ask_all(address: str, board: Board) -> None:
         await asyncio.gather(*calls)
 
 
-async def _ask(stub: inference_pb2_grpc.InferenceServiceAsyncStub, prompt: str, variant: str, board: Board) -> None:
+async def _ask(stub: "inference_pb2_grpc.InferenceServiceAsyncStub", prompt: str, variant: str, board: Board) -> None:
     """One greedy stream, onto the board."""
     request = inference_pb2.StreamGenerateRequest(
         adapter_id="" if variant == BASE else variant,

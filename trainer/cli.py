@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = Settings()
 EXIT_CODES = {"INVALID_ARGUMENT": 2, "FAILED_PRECONDITION": 4, "RESOURCE_EXHAUSTED": 5, "UNAVAILABLE": 6}
+INTERRUPTED = 130
 EPILOG = (
     "Exit codes: 0 done, 1 failure, 2 wrong usage, settings or data, 4 refused (base or adapter does not fit, or "
     "training failed), 5 no room on the disk, 6 store not reachable, 130 interrupted."
@@ -202,10 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `trainer` with `arguments` (the process's own if None) and return its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(build_app()(args=given, prog_name="trainer", standalone_mode=False) or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        _note("interrupted; nothing was published")
-        return 130
+        code = int(build_app()(args=given, prog_name="trainer", standalone_mode=False) or 0)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _note("interrupted")
+        return code
     except Exception as error:  # noqa: BLE001 (the process boundary)
         if "--debug" in given:
             traceback.print_exception(error)

