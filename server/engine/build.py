@@ -145,7 +145,7 @@ def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, availa
     budget = config.kv_cache_bytes
     if budget is None:
         longest = (config.max_model_len or spec.max_position) * config.max_num_seqs * kv_bytes_per_token(spec, dtype)
-        budget = min(longest, available // 4 if config.device == "cpu" else int(available * 0.8))
+        budget = min(longest, available // 8 if config.device == "cpu" else int(available * 0.8))
     num_pages = budget // page_bytes
     if num_pages < 1:
         raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")

@@ -74,7 +74,7 @@ class Engine:
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
         self._load_calls: dict[str, list[str]] = {}  # digest → calls that wait for it
         self._stopping = False
-        self._idle = True  # the last step found nothing to run: only a message or an adapter can change that
+        self.is_busy = False  # else the last step found nothing to run, and only a message or an adapter changes that
         self._last_stats: Stats | None = None
         self._stats_due = 0.0
         self.ready = ready
@@ -96,7 +96,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.execute(plan)))
-        self._idle = not self._in_flight
+        self.is_busy = bool(self._in_flight)
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap):
             done, handle = self._in_flight.popleft()
             outputs = self._scheduler.commit(done, handle.result())
@@ -165,7 +165,7 @@ class Engine:
                 self._channel.send(RequestFailed(request_id, payload))
 
     def _wait(self) -> float:
-        if not self._idle:
+        if self.is_busy:
             return 0.0
         return LOADING_WAIT if self._adapters.is_loading else IDLE_WAIT
 

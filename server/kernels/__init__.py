@@ -7,6 +7,7 @@ Shapes use n = tokens of the batch, h = hidden size, d = head size.
 """
 
 from server.kernels.linear import PackedLinear, pack_linear
+from server.kernels.memory import reserve
 from server.kernels.reference.attention import paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
 from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
@@ -21,6 +22,7 @@ __all__ = [
     "pack_linear",
     "paged_decode_attention",
     "prefill_attention",
+    "reserve",
     "rms_norm",
     "rope_table",
     "silu_mul",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from server.base.spec import ModelSpec
+from server.kernels import reserve
 from server.lora.weights import LinearGroup, PackedAdapter, linear_groups
 
 PAGE_ROWS = 4
@@ -41,12 +42,11 @@ class AdapterPool:
         )
         self.num_rows = num_bytes // (self.row_bytes * PAGE_ROWS) * PAGE_ROWS
         shape = (spec.num_layers, self.num_rows)
-        # On a CPU the operating system backs these rows only once they are written.
         self.groups = {
             group.name: GroupPool(
                 group,
-                torch.zeros(*shape, len(group.modules), group.in_features, dtype=dtype, device=device),
-                tuple(torch.zeros(*shape, width, dtype=dtype, device=device) for width in group.widths),
+                reserve((*shape, len(group.modules), group.in_features), dtype, device),
+                tuple(reserve((*shape, width), dtype, device) for width in group.widths),
             )
             for group in groups
         }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from server.base.spec import ModelSpec
+from server.kernels import reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,7 @@ class KVCache:
         cls, spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> Self:
         shape = (spec.num_layers, num_pages * page_size, spec.num_kv_heads, spec.head_dim)
-        # On a CPU the operating system backs these pages only once they are written.
-        return cls(
-            torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), page_size
-        )
+        return cls(reserve(shape, dtype, device), reserve(shape, dtype, device), page_size)
 
     @property
     def num_bytes(self) -> int:
