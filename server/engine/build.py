@@ -47,7 +47,7 @@ def build_engine(
     weights = load_weights(directory, spec, dtype, device)
     available = _available_bytes(device)
     pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
-    num_pages = _num_pages(config, spec, dtype, available)
+    num_pages = _num_pages(config, spec, dtype, device, available)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
     cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
     adapters = AdapterCache(pool, lambda path: load_adapter(path, spec, dtype))
@@ -140,12 +140,12 @@ def _read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, available: int) -> int:
+def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, available: int) -> int:
     page_bytes = kv_bytes_per_token(spec, dtype) * config.page_size
     budget = config.kv_cache_bytes
     if budget is None:
         longest = (config.max_model_len or spec.max_position) * config.max_num_seqs * kv_bytes_per_token(spec, dtype)
-        budget = min(longest, available // 8 if config.device == "cpu" else int(available * 0.8))
+        budget = min(longest, available // 8 if device.type == "cpu" else int(available * 0.8))
     num_pages = budget // page_bytes
     if num_pages < 1:
         raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")
