@@ -23,14 +23,14 @@ REFUSED = 3
 
 # Bytes of the longest path that a Unix socket can have, less what ZeroMQ and we add to the directory.
 _MAX_DIRECTORY = 90
-_TERMINATE_SECONDS = 3.0
+_TERMINATE_SECONDS = 2.0
 
 
 class EngineClient:
     """Spawns `command` with `--socket ADDRESS`, the config as a line of JSON on its stdin.
 
     `receive` is called, on the event loop, with every message but Ready. What the engine writes is passed on to
-    stderr; its `error: …` line is kept for the error that is raised instead.
+    stderr; the `error: …` line of its start is kept for the error that is raised instead.
     """
 
     def __init__(self, command: Sequence[str], config: EngineConfig, receive: Callable[[ToFrontend], None]) -> None:
@@ -110,20 +110,21 @@ class EngineClient:
             exited.cancel()
 
     async def close(self, patience: float = 0.0) -> None:
-        """Ends the engine: asked, given `patience` seconds, then terminated, at last killed. May be called again."""
-        process = self._process
-        if process is not None and process.returncode is None:
-            self.send(Shutdown())
-            await _exit_within(process, patience)
-            if process.returncode is None:
-                process.terminate()
-                await _exit_within(process, _TERMINATE_SECONDS)
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+        """Ends the engine: asked, given `patience` seconds, then terminated, at last killed (at once if this is
+        cancelled). May be called again."""
+        try:
+            if self._process is not None and self._process.returncode is None:
+                self.send(Shutdown())
+                await _end(self._process, patience)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         if self._output is not None:
             self._output.cancel()
-            await asyncio.wait((self._output,))
         self._stop_reading()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -161,7 +162,7 @@ class EngineClient:
 
     def _pass_on_line(self, line: bytes) -> None:
         text = line.decode(errors="replace")
-        if text.startswith("error: "):
+        if text.startswith("error: ") and not self._ready.done():
             self._error_line = text.removeprefix("error: ").strip()
             return
         with contextlib.suppress(OSError, ValueError):  # our own stderr may be gone
@@ -187,6 +188,17 @@ def _private_directory() -> str:
         shutil.rmtree(directory)
         raise ConfigError(f"TMPDIR: {tempfile.gettempdir()} is too long a path for a Unix socket; set a shorter one")
     return directory
+
+
+async def _end(process: asyncio.subprocess.Process, patience: float) -> None:
+    """Returns when the process has ended: by itself within `patience` seconds, or made to."""
+    await _exit_within(process, patience)
+    if process.returncode is None:
+        process.terminate()
+        await _exit_within(process, _TERMINATE_SECONDS)
+    if process.returncode is None:
+        process.kill()
+        await process.wait()
 
 
 async def _exit_within(process: asyncio.subprocess.Process, seconds: float) -> None:

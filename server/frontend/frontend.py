@@ -187,7 +187,12 @@ class Frontend:
         return self._dispatcher.residency.get(digest, "disk")
 
     async def _prepare(self, request: GenerateRequest, info: Ready) -> _Prepared:
-        check_request(request, vocab_size=self._vocab_size, max_stop_strings=self._config.max_stop_strings)
+        check_request(
+            request,
+            vocab_size=self._vocab_size,
+            max_model_len=info.max_model_len,
+            max_stop_strings=self._config.max_stop_strings,
+        )
         version = self._registry.resolve(request.adapter_id) if request.adapter_id else None
         field, prompt = await self._encode(request)
         max_tokens = output_budget(field, len(prompt), request.max_tokens, info.max_model_len)

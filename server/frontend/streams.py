@@ -87,6 +87,7 @@ class Stream:
                 self._waiter = None
         self.unread_since = None
         if len(self._token_ids) > MAX_PIECE:
+            self.unread_since = asyncio.get_running_loop().time()
             return self._take_some()
         if not self._token_ids and self._error is not None:
             raise self._error

@@ -8,11 +8,11 @@ MAX_LOGPROBS = 20
 MAX_STOP_CHARS = 1000
 
 
-def check_request(request: GenerateRequest, *, vocab_size: int, max_stop_strings: int) -> None:
+def check_request(request: GenerateRequest, *, vocab_size: int, max_model_len: int, max_stop_strings: int) -> None:
     """Everything that needs neither the tokenizer nor the adapter. Raises InvalidRequest."""
-    _check_prompt(request, vocab_size)
     _check_sampling(request.sampling)
     _check_stopping(request, vocab_size, max_stop_strings)
+    _check_prompt(request, vocab_size, max_model_len)
 
 
 def output_budget(field: str, prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
@@ -37,20 +37,13 @@ def output_budget(field: str, prompt_tokens: int, max_tokens: int | None, max_mo
     return max_tokens
 
 
-def prompt_field(request: GenerateRequest) -> str:
-    """The name of the field that holds the prompt."""
-    if isinstance(request.prompt, str):
-        return "text"
-    return "token_ids" if request.prompt and isinstance(request.prompt[0], int) else "messages"
-
-
-def _check_prompt(request: GenerateRequest, vocab_size: int) -> None:
+def _check_prompt(request: GenerateRequest, vocab_size: int, max_model_len: int) -> None:
     prompt = request.prompt
     if not prompt:
         raise InvalidRequest("text" if isinstance(prompt, str) else "prompt", "is empty")
-    if not isinstance(prompt, str):
-        ids = [token for token in prompt if isinstance(token, int)]
-        _check_token_ids("token_ids", ids, vocab_size)
+    if isinstance(prompt[0], int):
+        output_budget("token_ids", len(prompt), request.max_tokens, max_model_len)  # before looking at each
+        _check_token_ids("token_ids", [token for token in prompt if isinstance(token, int)], vocab_size)
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

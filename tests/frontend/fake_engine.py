@@ -82,8 +82,9 @@ class FakeEngine:
                 num_pages=100,
             )
         )
-        while True:
-            while self.socket.poll(0 if self.has_work() else None):
+        parent = os.getppid()
+        while os.getppid() == parent:
+            while self.socket.poll(0 if self.has_work() else 1000):
                 message = decode_to_engine(self.socket.recv())
                 if isinstance(message, Shutdown):
                     return
@@ -186,7 +187,6 @@ def main() -> int:
     parser.add_argument("--say", default="")
     parser.add_argument("--exit", type=int)
     parser.add_argument("--deaf", action="store_true", help="start to load, and end only when killed")
-    parser.add_argument("--once", help="a file made by the first start; a second one exits with 3")
     args = parser.parse_args()
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     assert config.base_path

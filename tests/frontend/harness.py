@@ -106,7 +106,9 @@ def base_model(directory: Path) -> BaseModel:
     return BaseModel("tiny", directory, "sha256:base", ModelSpec.from_config(config))
 
 
-def make_frontend(directory: Path, *engine_options: str, **settings: Any) -> tuple[Frontend, Recorder]:
+def make_frontend(
+    directory: Path, *engine_options: str, backoff: Backoff | None = None, **settings: Any
+) -> tuple[Frontend, Recorder]:
     recorder = Recorder()
     engine = EngineConfig(base_path=str(directory), base_digest="sha256:base")
     config = ServeConfig(engine=engine, base_name="tiny", store="/store", **settings)
@@ -116,7 +118,7 @@ def make_frontend(directory: Path, *engine_options: str, **settings: Any) -> tup
         FakeRegistry(),
         recorder,
         engine_command=(*FAKE_ENGINE, *engine_options),
-        backoff=Backoff(first=0.01, longest=0.02),
+        backoff=backoff,
     )
     return frontend, recorder
 

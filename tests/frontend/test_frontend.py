@@ -11,6 +11,7 @@ import pytest
 from adapters.errors import AdapterInUse, AdapterNotFound, InvalidAdapter, LorikeetError, UnsupportedAdapter
 from server.engine.messages import SamplingParams
 from server.errors import InvalidRequest, ServerBusy, ShuttingDown, StreamStalled
+from server.frontend.streams import MAX_PIECE
 from server.frontend.types import ChatMessage, Usage
 from tests.frontend.fake_engine import (
     AT_ONCE,
@@ -309,7 +310,7 @@ def test_a_prompt_may_take_all_but_one_token_of_the_context(tmp_path: Path, left
 def test_a_stream_that_is_not_read_is_ended(tmp_path: Path) -> None:
     async def test() -> None:
         async with started(tmp_path, stall_timeout=0.05) as (frontend, recorder):
-            async with aclosing(frontend.generate(request([HOLD, *ids("a b c d e f")]))) as generation:
+            async with aclosing(frontend.generate(request([HOLD, *[5] * (MAX_PIECE + 10)]))) as generation:
                 first = await anext(generation)
                 await recorder.until_cancels(1)
                 rest: list[str] = []

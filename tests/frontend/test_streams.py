@@ -32,6 +32,18 @@ def test_nothing_is_lost_however_late_it_is_read(steps: list[list[int]]) -> None
     asyncio.run(test())
 
 
+def test_what_is_left_after_a_longest_piece_is_still_unread() -> None:
+    async def test() -> None:
+        stream = Stream()
+        stream.push(output([1] * (MAX_PIECE + 1)), now=0.0)
+        await stream.take()
+        assert stream.unread_since is not None
+        await stream.take()
+        assert stream.unread_since is None
+
+    asyncio.run(test())
+
+
 def test_an_error_comes_after_the_tokens() -> None:
     async def test() -> None:
         stream = Stream()

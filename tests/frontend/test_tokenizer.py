@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,27 @@ def test_broken_files_are_named(tmp_path: Path, file: str | None, content: str, 
         (tmp_path / file).write_text(content)
     with pytest.raises(BaseModelError, match=message):
         Tokenizer.load(tmp_path)
+
+
+def test_encoding_a_long_text_lets_other_threads_run(tmp_path: Path) -> None:
+    byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokenizer, text = Tokenizer.load(tmp_path), "the quick fox " * 50_000
+    encoding = threading.Event()
+    encoded: list[int] = []
+
+    def encode() -> None:
+        encoding.set()
+        encoded.extend(tokenizer.encode_text(text))
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    encoding.wait()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0)
+        turns += 1
+    assert turns > 100
+    assert encoded == tokenizer.encode_text(text)
 
 
 def test_the_front_end_imports_neither_torch_nor_transformers_nor_protobuf() -> None:
