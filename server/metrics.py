@@ -104,6 +104,7 @@ class EngineCounters:
     def update(self, stats: Stats) -> None:
         for name, counter in self._counters.items():
             value = getattr(stats, name)
+            value = value.get("device", 0) if isinstance(value, dict) else value
             counter.inc(max(0, value - self._last[name]))
             self._last[name] = value
 

@@ -193,9 +193,9 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             preemptions=scheduler.preemptions,
-            adapter_loads=self._adapters.num_loads,
+            adapter_loads={"device": self._adapters.num_loads},
             adapter_load_failures=self._adapters.num_failures,
-            adapter_evictions=self._adapters.num_evictions,
+            adapter_evictions={"device": self._adapters.num_evictions},
         )
 
     def check_integrity(self) -> None:

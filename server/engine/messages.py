@@ -72,14 +72,25 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag="load"):
-    """Make an adapter resident ahead of any request; answered by CallDone."""
+    """Make an adapter resident ahead of any request; answered by CallDone. `pin`: and keep it on the device until
+    UnpinAdapter, or UnloadAdapter, comes."""
 
     call_id: str
     adapter: AdapterRef
+    pin: bool = False
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload"):
-    """Drop an adapter from memory; answered by CallDone, with ADAPTER_IN_USE when sequences hold it."""
+    """Drop an adapter from every tier; answered by CallDone. When sequences hold it: ADAPTER_IN_USE, or with `drain`
+    it is given to no further one and dropped when the last of them ends."""
+
+    call_id: str
+    digest: str
+    drain: bool = False
+
+
+class UnpinAdapter(msgspec.Struct, frozen=True, tag="unpin"):
+    """Let an adapter be evicted again; answered by CallDone. One that is not pinned is fine."""
 
     call_id: str
     digest: str
@@ -89,7 +100,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Exit once the current step is done. The front end has drained what it wanted drained."""
 
 
-ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter | UnpinAdapter | Shutdown
 
 # Engine → front end
 
@@ -139,10 +150,21 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class CallDone(msgspec.Struct, frozen=True, tag="done"):
-    """Answers LoadAdapter and UnloadAdapter; `error` None is success."""
+    """Answers LoadAdapter, UnloadAdapter and UnpinAdapter; `error` None is success."""
 
     call_id: str
     error: ErrorPayload | None = None
+
+
+class CallProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far a call is, sent when its stage changes: "reading" (file → host), "waiting" (for room on the device),
+    "copying" (host → device), "checking" (the canary), "draining" (running sequences hold it). Bytes of the stage;
+    0 of 0 where they are not known."""
+
+    call_id: str
+    stage: str
+    done_bytes: int = 0
+    total_bytes: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
@@ -158,17 +180,31 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True):
-    """An adapter in memory; `tier` is "host" or "device", `leases` the sequences that hold it."""
+    """An adapter in one tier, "host" or "device", and so twice when it is in both. `leases` are the sequences that
+    hold it."""
 
     digest: str
     tier: str
     size_bytes: int
     leases: int
+    pinned: bool = False
+
+
+class AdapterLoad(msgspec.Struct, frozen=True):
+    """One move of an adapter: "disk" → "host" (read, checked, packed) or "host" → "device" (copied)."""
+
+    tier_from: str
+    tier_to: str
+    seconds: float
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """A snapshot, sent about twice a second while anything changes. `memory` is bytes by kind
-    (weights, adapters, kv, workspace) of the engine's device; the counters only ever grow."""
+    (weights, adapters, kv, workspace) of the engine's device; the counters only ever grow.
+
+    Dicts of adapters are by tier ("host", "device"), but `waiting_by_adapter`: sequences by digest, without the
+    base's. `adapter_load_times` are those since the last Stats. A hit of a tier is a request whose adapter was there
+    when it came; the adapter of a miss of the device may still be a hit of the host."""
 
     num_running: int
     num_waiting: int
@@ -179,12 +215,17 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     preemptions: int = 0
-    adapter_loads: int = 0
     adapter_load_failures: int = 0
-    adapter_evictions: int = 0
+    adapter_loads: dict[str, int] = {}
+    adapter_hits: dict[str, int] = {}
+    adapter_misses: dict[str, int] = {}
+    adapter_evictions: dict[str, int] = {}
+    adapter_bytes: dict[str, int] = {}
+    adapter_load_times: list[AdapterLoad] = []
+    waiting_by_adapter: dict[str, int] = {}
 
 
-ToFrontend = StepOutputs | RequestFailed | CallDone | Ready | Stats
+ToFrontend = StepOutputs | RequestFailed | CallDone | CallProgress | Ready | Stats
 
 
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
