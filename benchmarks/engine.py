@@ -1,20 +1,22 @@
 """Time the engine in-process, one JSON line a case, with the keys of the peers' scripts.
 
-    python -m benchmarks.engine --model DIR --adapters DIR [--cases 1x0,16x16] [--prompt 32] [--new 32]
+    python -m benchmarks.engine [--model DIR] [--adapters DIR] [--cases 1x0,16x16] [--prompt 32] [--new 32]
 
 A case is batch × adapters: `batch` sequences over as many distinct adapters (0: none), greedy, with random prompts.
 `prefill_ms` is the time to all first tokens; `step_ms` is that of one decode step, from the difference of two runs.
-`--adapters` holds PEFT directories a0, a1, …
+`--adapters` holds PEFT directories a0, a1, …; random ones of rank 8 are made when it is absent.
 """
 
 import argparse
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.random_adapters import write_random_adapters
 from server.base.resolve import resolve_base
 from server.config import EngineConfig
 from server.engine.build import build_engine
@@ -108,7 +110,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory; the embedded default when absent")
-    parser.add_argument("--adapters", type=Path, required=True)
+    parser.add_argument("--adapters", type=Path)
     parser.add_argument("--cases", default=CPU_CASES, help="batch x adapters, …")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
@@ -129,8 +131,12 @@ def main() -> None:
     )
     engine = build_engine(config, collector)
     count = max(adapters for _, adapters in cases)
-    refs = [AdapterRef(f"sha256:{i:064x}", str(args.adapters / f"a{i}")) for i in range(count)]
-    bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.adapters is None:
+            write_random_adapters(base.spec, Path(scratch), count, rank=8)
+        directory = args.adapters or Path(scratch)
+        refs = [AdapterRef(f"sha256:{i:064x}", str(directory / f"a{i}")) for i in range(count)]
+        bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
     for batch, adapters in cases:
         print(json.dumps(bench.case(batch, adapters, args.new)), flush=True)
     engine.check_integrity()
