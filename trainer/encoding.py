@@ -17,8 +17,6 @@ from trainer.errors import DataError
 class ChatTokenizer(Protocol):
     """What is used of a transformers tokenizer with a chat template."""
 
-    eos_token_id: int | None
-
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...

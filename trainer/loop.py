@@ -32,6 +32,7 @@ class Step:
 class Result:
     """Losses are means over the learned tokens of the first and the last epoch, as seen while training."""
 
+    num_epochs: int
     num_steps: int
     num_tokens: int
     first_epoch_loss: float
@@ -69,6 +70,7 @@ class Loop:
             steps.append(step)
             on_step(step)
         return Result(
+            num_epochs=self._settings.epochs,
             num_steps=len(steps),
             num_tokens=sum(step.num_tokens for step in steps),
             first_epoch_loss=_epoch_loss(steps, 0),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_its_weights_are_plain_bf16(base: BaseModel) -> None:
 
 def test_it_answers_as_it_should(base: BaseModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model = AutoModelForCausalLM.from_pretrained(base.path)
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path)
     assert model.dtype is torch.bfloat16
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, tokenize=False

@@ -49,8 +49,8 @@ def test_the_spec_describes_the_modules_that_transformers_builds(name: str, tmp_
     config = CONFIGS[name]
     spec = ModelSpec.from_config(as_saved(config, tmp_path))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    modules = dict(model.named_modules())
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    modules: dict[str, Any] = dict(model.named_modules())
     linears = {
         path: (module.out_features, module.in_features)
         for path, module in modules.items()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from trainer.settings import Settings
 
 def answer(base: BaseModel, adapter: Path | None, question: str) -> str:
     """Greedy, through transformers and PEFT."""
-    tokenizer = AutoTokenizer.from_pretrained(base.path)
-    model = AutoModelForCausalLM.from_pretrained(base.path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.path)
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     text = tokenizer.apply_chat_template(
