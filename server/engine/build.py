@@ -70,7 +70,7 @@ def build_engine(
     runner = Runner(
         model=Transformer(spec, weights, max_model_len),
         cache=cache,
-        attention=TorchAttention(spec.softmax_scale, config.page_size, device),
+        attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device),
         sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
         pool=pool,
         rows_of=adapters.rows,

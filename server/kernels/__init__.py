@@ -8,7 +8,7 @@ Shapes use n = tokens of the batch, h = hidden size, d = head size.
 
 from server.kernels.linear import PackedLinear, pack_linear
 from server.kernels.memory import reserve
-from server.kernels.reference.attention import paged_decode_attention, prefill_attention
+from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
 from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
 
@@ -17,6 +17,7 @@ __all__ = [
     "RowRun",
     "add_rms_norm",
     "apply_rope",
+    "head_rows",
     "lora_decode",
     "lora_segment",
     "pack_linear",

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.kernels import paged_decode_attention, prefill_attention
+from server.kernels import head_rows, paged_decode_attention, prefill_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +52,24 @@ class TorchAttentionPlan:
 
     scale: float
     num_decodes: int
-    decode_slots: Tensor
+    decode_rows: Tensor
     decode_mask: Tensor
     prefills: list[_Prefill]
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         n = self.num_decodes
         if n == len(q):
-            return paged_decode_attention(q, k_cache, v_cache, self.decode_slots, self.decode_mask, self.scale)
+            return paged_decode_attention(q, k_cache, v_cache, self.decode_rows, self.decode_mask, self.scale)
         out = torch.empty_like(q)
         if n:
-            out[:n] = paged_decode_attention(q[:n], k_cache, v_cache, self.decode_slots, self.decode_mask, self.scale)
+            out[:n] = paged_decode_attention(q[:n], k_cache, v_cache, self.decode_rows, self.decode_mask, self.scale)
         for chunk in self.prefills:
             rows = slice(n, n + chunk.length)
-            keys, values = (k[rows], v[rows]) if chunk.slots is None else (k_cache[chunk.slots], v_cache[chunk.slots])
+            keys, values = (
+                (k[rows], v[rows])
+                if chunk.slots is None
+                else (k_cache.index_select(0, chunk.slots), v_cache.index_select(0, chunk.slots))
+            )
             out[rows] = prefill_attention(q[rows], keys, values, chunk.mask, self.scale)
             n = rows.stop
         return out
@@ -74,8 +78,9 @@ class TorchAttentionPlan:
 class TorchAttention:
     """The reference backend: plain torch, any device."""
 
-    def __init__(self, scale: float, page_size: int, device: torch.device) -> None:
+    def __init__(self, scale: float, kv_heads: int, page_size: int, device: torch.device) -> None:
         self._scale = scale
+        self._kv_heads = kv_heads
         self._device = device
         self._page_size = page_size
 
@@ -89,7 +94,7 @@ class TorchAttention:
         return TorchAttentionPlan(
             scale=self._scale,
             num_decodes=len(decodes),
-            decode_slots=slots.to(self._device),
+            decode_rows=head_rows(slots, self._kv_heads).to(self._device),
             decode_mask=mask[:, None, None, :].to(self._device),
             prefills=[self._prefill(chunk) for chunk in prefills],
         )

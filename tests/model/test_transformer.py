@@ -29,7 +29,7 @@ def logits_in_chunks(model: Transformer, cache: KVCache, ids: torch.Tensor, leng
     """Logits [len(ids), vocab] of one sequence computed in chunks of the given lengths, on scattered pages."""
     pages = torch.randperm(32, generator=torch.Generator().manual_seed(3)).tolist()
     slots = torch.tensor([pages[p // PAGE] * PAGE + p % PAGE for p in range(len(ids))])
-    attention = TorchAttention(model.spec.softmax_scale, PAGE, CPU)
+    attention = TorchAttention(model.spec.softmax_scale, model.spec.num_kv_heads, PAGE, CPU)
     logits, start = [], 0
     for length in lengths:
         stop = start + length
