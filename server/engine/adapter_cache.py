@@ -102,9 +102,10 @@ class AdapterCache:
         return bool(self._loading)
 
     def poll(self) -> Arrivals:
-        """Advance every load whose work is done."""
+        """Advance every load whose work is done. What arrives is still there when this returns: rows are taken for
+        others before, not after, or adapters that wait for each other's rows could evict each other for ever."""
         arrivals = Arrivals()
-        for digest, loading in list(self._loading.items()):
+        for digest, loading in sorted(self._loading.items(), key=lambda item: item[1].ranges is not None):
             try:
                 done = self._advance(digest, loading)
             except LorikeetError as error:
