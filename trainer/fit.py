@@ -109,8 +109,16 @@ def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtyp
         return torch.float32
     if device.type == "cuda":
         return torch.bfloat16  # for float16 too: its range would need loss scaling
-    flags = torch.cpu.get_capabilities()
-    return torch.bfloat16 if flags.get("avx512_bf16") or flags.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bf16(Path("/proc/cpuinfo")) else torch.float32
+
+
+def cpu_multiplies_bf16(cpuinfo: Path) -> bool:
+    """Whether the processor has instructions for bf16 products, as Linux tells; False where it does not tell.
+
+    From the kernel, since torch's own answer (`torch.cpu.get_capabilities`) is newer than the oldest torch we support.
+    """
+    words = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def choose_attention(examples: list[Example], device: torch.device) -> str:

@@ -20,7 +20,7 @@ class Settings:
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     epochs: int = 3
     batch_size: int = 8
     max_length: int = 1024

@@ -15,7 +15,7 @@ from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
 from tests.trainer.conftest import ANSWER, Fit
 from trainer.errors import DataError, SettingsError, TrainingError
-from trainer.fit import Job, read_end_ids, run
+from trainer.fit import Job, choose_dtype, cpu_multiplies_bf16, read_end_ids, run
 from trainer.settings import Settings
 
 
@@ -107,6 +107,18 @@ def test_what_is_wrong_is_refused_before_training(base: BaseModel, data: Path, t
 def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(SettingsError):
         Settings(**change)  # type: ignore[arg-type]
+
+
+def test_bf16_is_chosen_where_the_processor_has_it(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not cpu_multiplies_bf16(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu avx512f avx512_vnni\n")
+    assert not cpu_multiplies_bf16(cpuinfo)
+    cpuinfo.write_text("flags\t\t: fpu avx512_bf16 avx512_vnni\n")
+    assert cpu_multiplies_bf16(cpuinfo)
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", "float32", cpu) is torch.float32
+    assert choose_dtype("bfloat16", "float32", cpu) is torch.bfloat16
 
 
 def test_end_tokens_come_from_every_file_that_names_them(tmp_path: Path) -> None:
