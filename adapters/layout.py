@@ -5,7 +5,7 @@ is; whatever could make the result silently wrong raises, with all faults listed
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapters.errors import UnsupportedAdapter
@@ -46,11 +46,13 @@ class LoraModule:
 class AdapterLayout:
     """Module path in the base ("model.layers.0.self_attn.q_proj") → its LoraModule, in the base's order.
 
-    `dtype` is the safetensors dtype of the tensors ("F32", "F16", "BF16"); "F32" where they are mixed.
+    `dtype` is the safetensors dtype of the tensors ("F32", "F16", "BF16"); "F32" where they are mixed. `tensors` says
+    where each lies in the file.
     """
 
     modules: Mapping[str, LoraModule]
     dtype: str
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
 
 
 def read_layout(
@@ -59,12 +61,14 @@ def read_layout(
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     *,
     allow_zero: bool = False,
+    scan_values: bool = True,
 ) -> AdapterLayout:
     """Check an adapter's directory against a base and say where each tensor goes. Reads every byte once.
 
     `linears` are the base's linear layers: path → (out_features, in_features). `allow_zero` takes an adapter
-    that changes nothing (its B, A or scaling is zero everywhere). Raises InvalidAdapter, or UnsupportedAdapter
-    when the files are well formed and ask for what is not honoured.
+    that changes nothing (its B, A or scaling is zero everywhere). Without `scan_values` no value is read: for a
+    caller that looks for NaN and infinity itself. Raises InvalidAdapter, or UnsupportedAdapter when the files
+    are well formed and ask for what is not honoured.
     """
     with opened(directory / CONFIG_FILE) as fd:
         config = read_json(fd, CONFIG_FILE, limits.max_config_bytes)
@@ -83,8 +87,10 @@ def read_layout(
         if not isinstance(settings, LoraSettings):
             raise refuse(*(settings or ()))
         modules = _bind(settings, entries, linears)
-        _check_values(fd, modules, entries, allow_zero)
-    return AdapterLayout(modules=modules, dtype=common_dtype({entry.dtype for entry in entries.values()}))
+        if scan_values:
+            _check_values(fd, modules, entries, allow_zero)
+    dtype = common_dtype({entry.dtype for entry in entries.values()})
+    return AdapterLayout(modules=modules, dtype=dtype, tensors=entries)
 
 
 def _targets(settings: LoraSettings, modules: Iterable[str]) -> dict[str, tuple[int, float]]:

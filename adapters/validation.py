@@ -23,6 +23,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 _CHUNK_BYTES = 1 << 20
 _MAX_FAULT = 400  # characters
+_MAX_DIMENSIONS = 8
+_MAX_SIZE = 2**63 - 1
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 # dtype → (bytes, unsigned view, exponent bits: all set in NaN and infinity, all bits but the sign)
 _DTYPES: dict[str, tuple[int, type[np.unsignedinteger[Any]], int, int]] = {
     "F32": (4, np.uint32, 0x7F80_0000, 0x7FFF_FFFF),
@@ -124,9 +127,11 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {doubled!r} appears twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {name!r:.200} appears twice")
+            seen.add(name)
     return found
 
 
@@ -193,13 +198,13 @@ def _entries(header: Mapping[str, Any], data_start: int, file_size: int) -> list
 
 def _entry(name: str, description: Any, data_start: int) -> TensorEntry | str:
     """The entry, or what is wrong with it."""
-    if not isinstance(description, dict) or set(description) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(description, dict) or description.keys() != _ENTRY_KEYS:
         return "its header entry must hold dtype, shape and data_offsets"
     dtype, shape, offsets = description["dtype"], description["shape"], description["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        return f"dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}"
+        return f"dtype {dtype!r:.80} is not supported; supported are {', '.join(_DTYPES)}"
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
-        return "shape and data_offsets must be lists of non-negative integers"
+        return "shape and data_offsets must be lists of non-negative 64-bit integers, at most 8 of them"
     start, stop = offsets
     if stop - start != math.prod(shape) * _DTYPES[dtype][0]:
         return f"its data_offsets span {stop - start} bytes, which is not {dtype} of shape {shape}"
@@ -207,7 +212,13 @@ def _entry(name: str, description: Any, data_start: int) -> TensorEntry | str:
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Bounded in length and size: the product of a header full of large integers would take minutes."""
+    if type(value) is not list or len(value) > _MAX_DIMENSIONS:
+        return False
+    for item in value:  # noqa: SIM110  (a generator costs more than the checks)
+        if type(item) is not int or not 0 <= item <= _MAX_SIZE:
+            return False
+    return True
 
 
 def common_dtype(dtypes: set[str]) -> str:
