@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-from adapters.errors import LorikeetError
+from adapters.errors import InvalidAdapter, LorikeetError
 from server.engine.adapter_cache import AdapterCache
 from server.engine.messages import (
     AdapterRef,
@@ -205,5 +205,6 @@ class Engine:
 
 
 def error_payload(error: LorikeetError) -> ErrorPayload:
-    """An error as it crosses to the front end; the faults of a refused adapter travel in its metadata."""
-    return ErrorPayload(error.code, error.reason, error.message, dict(error.metadata), error.retry_after)
+    """An error as it crosses to the front end."""
+    faults = list(error.faults) if isinstance(error, InvalidAdapter) else []
+    return ErrorPayload(error.code, error.reason, error.message, dict(error.metadata), error.retry_after, faults)

@@ -43,13 +43,14 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class ErrorPayload(msgspec.Struct, frozen=True):
-    """A LorikeetError on the wire: the fields of its class and instance."""
+    """A LorikeetError on the wire: the fields of its class and instance; `faults` are an InvalidAdapter's."""
 
     code: str
     reason: str
     message: str
     metadata: dict[str, str] = {}
     retry_after: float | None = None
+    faults: list[str] = []
 
 
 # Front end → engine
@@ -124,8 +125,8 @@ class Timings(msgspec.Struct, frozen=True):
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step made for one sequence; the last one has `finish_reason` ("stop" or "length").
 
-    `num_cached` (prompt tokens taken from the prefix cache) comes with the first, `timings` with the last.
-    When a stop token ended the sequence, it is the last of `token_ids`.
+    `num_cached` (prompt tokens taken from the prefix cache) comes with the first, `timings` with the first (their
+    `decode` is 0) and the last. When a stop token ended the sequence, it is the last of `token_ids`.
     """
 
     request_id: str

@@ -294,11 +294,11 @@ class Scheduler:
         seq.output.append(draw.token)
         seq.num_pending -= 1
         self._waiting.charge(seq.digest, OUTPUT_WEIGHT)
-        num_cached = None
+        num_cached, timings = None, None
         if seq.first_token_at is None:
             seq.first_token_at = now
-            num_cached = seq.num_cached
-        finish_reason, timings = seq.finish_reason(self._eos_token_ids, self._max_model_len), None
+            num_cached, timings = seq.num_cached, seq.timings(now)
+        finish_reason = seq.finish_reason(self._eos_token_ids, self._max_model_len)
         if finish_reason is not None:
             timings = seq.timings(now)
             run_seconds = timings.prefill + timings.decode

@@ -6,7 +6,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 import zmq
@@ -18,8 +19,8 @@ from server.errors import BaseModelError, ConfigError, EngineUnavailable
 
 ENGINE_COMMAND = (sys.executable, "-m", "server.engine.process")
 
-# The exit status of an engine that refuses its base model or a setting; the reason is its `error: …` line.
-REFUSED = 3
+# What the exit status of an engine means that has said why in an `error: …` line.
+REFUSALS: Mapping[int, type[LorikeetError]] = MappingProxyType({2: ConfigError, 3: BaseModelError})
 
 # Bytes of the longest path that a Unix socket can have, less what ZeroMQ and we add to the directory.
 _MAX_DIRECTORY = 90
@@ -59,7 +60,8 @@ class EngineClient:
     async def start(self) -> Ready:
         """Returns once the engine takes sequences, however long its base model takes to load.
 
-        Raises BaseModelError when it refuses the model, EngineUnavailable when it ends otherwise; `close` it then.
+        Raises BaseModelError when it refuses the model, ConfigError when a setting, EngineUnavailable when it ends
+        otherwise; `close` it then.
         """
         address = f"ipc://{self._directory}/engine"
         self._socket.bind(address)
@@ -171,8 +173,8 @@ class EngineClient:
 
     def _death(self, status: int) -> LorikeetError:
         reason = self._error_line
-        if status == REFUSED and reason is not None:
-            return BaseModelError(reason)
+        if reason is not None and (refusal := REFUSALS.get(status)):
+            return refusal(reason)
         if status < 0:
             how = f"was killed by {signal.Signals(-status).name}"
             how += " (out of memory?)" if -status == signal.SIGKILL else ""

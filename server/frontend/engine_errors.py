@@ -19,7 +19,7 @@ class EngineErrors:
         error = kind.__new__(kind)
         LorikeetError.__init__(error, payload.message, retry_after=payload.retry_after, **payload.metadata)
         if isinstance(error, InvalidAdapter):
-            error.faults = (payload.message,)
+            error.faults = tuple(payload.faults)
         if isinstance(error, InvalidRequest):
             error.field = payload.metadata.get("field", "")
         return error

@@ -99,8 +99,8 @@ class Frontend:
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when the engine takes requests. Raises BaseModelError when it refuses the base model,
-        EngineUnavailable when it does not come up otherwise."""
+        """Returns when the engine takes requests. Raises BaseModelError when it refuses the base model, ConfigError
+        when a setting, EngineUnavailable when it does not come up otherwise."""
         await self._supervisor.start()
         self._sweeper = asyncio.create_task(self._sweep(), name="stalled streams")
 
@@ -114,7 +114,8 @@ class Frontend:
                 await self._idle.wait()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        self._dispatcher.fail_all(lambda: ShuttingDown("the server has stopped before this request could finish"))
+        message = "the server has stopped before this request could finish"
+        self._dispatcher.fail_all(lambda: ShuttingDown(message, retry_after=1.0))
         await self._supervisor.stop(_SHUTDOWN_SECONDS)
         self._set_up(False)
 
@@ -194,7 +195,7 @@ class Frontend:
             max_stop_strings=self._config.max_stop_strings,
         )
         version = self._registry.resolve(request.adapter_id) if request.adapter_id else None
-        field, prompt = await self._encode(request)
+        field, prompt = await self._encode(request, info.max_model_len)
         max_tokens = output_budget(field, len(prompt), request.max_tokens, info.max_model_len)
         sampling = request.sampling
         if sampling.seed is None:  # chosen here, so that a sequence that is computed again draws the same tokens
@@ -216,20 +217,21 @@ class Frontend:
             return _Prepared(submit, completion, "", "device")
         return _Prepared(submit, completion, version.name, self.residency(version.digest))
 
-    async def _encode(self, request: GenerateRequest) -> tuple[str, list[int]]:
-        """The field that holds the prompt, and its tokens. A long one is encoded in a thread."""
+    async def _encode(self, request: GenerateRequest, max_tokens: int) -> tuple[str, list[int]]:
+        """The field that holds the prompt, and its tokens. A long one is encoded in a thread, one that is far too
+        long not at all."""
         prompt = request.prompt
         if isinstance(prompt, str):
             if len(prompt) > _ENCODE_INLINE:
-                return "text", await asyncio.to_thread(self._tokenizer.encode_text, prompt)
-            return "text", self._tokenizer.encode_text(prompt)
+                return "text", await asyncio.to_thread(self._tokenizer.encode_text, prompt, max_tokens)
+            return "text", self._tokenizer.encode_text(prompt, max_tokens)
         token_ids = [token for token in prompt if isinstance(token, int)]
         messages = [message for message in prompt if not isinstance(message, int)]
         if token_ids:
             return "token_ids", token_ids
         if sum(len(message.content) for message in messages) > _ENCODE_INLINE:
-            return "messages", await asyncio.to_thread(self._tokenizer.encode_chat, messages)
-        return "messages", self._tokenizer.encode_chat(messages)
+            return "messages", await asyncio.to_thread(self._tokenizer.encode_chat, messages, max_tokens)
+        return "messages", self._tokenizer.encode_chat(messages, max_tokens)
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[Ready]:

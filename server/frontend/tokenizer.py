@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 from server.errors import BaseModelError, InvalidRequest
 from server.frontend.chat_template import ChatTemplate
+from server.frontend.text_bound import longest_token
 from server.frontend.types import ChatMessage
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -24,6 +25,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, chat_template: ChatTemplate | None) -> None:
         self.backend = backend
         self._chat_template = chat_template
+        self._longest_token = longest_token(backend)
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -44,18 +46,22 @@ class Tokenizer:
         source = _template_source(directory, config)
         return cls(backend, None if source is None else ChatTemplate(source, special))
 
-    def encode_text(self, text: str) -> list[int]:
-        """With the special tokens that the model expects around a text, such as a leading <s>."""
-        return self._encode(text, "text", add_special_tokens=True)
+    def encode_text(self, text: str, max_tokens: int | None = None) -> list[int]:
+        """With the special tokens that the model expects around a text, such as a leading <s>. Raises InvalidRequest
+        for one that certainly has more than `max_tokens`, without encoding it; others may still have more."""
+        return self._encode(text, "text", max_tokens, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, messages: Sequence[ChatMessage], max_tokens: int | None = None) -> list[int]:
         """The conversation, opened for the assistant's answer. Raises InvalidRequest if the model has no chat
-        template or if the template refuses the messages."""
+        template, if the template refuses the messages, and as `encode_text` does."""
         if self._chat_template is None:
             raise InvalidRequest("messages", "the base model has no chat template; send the prompt as text")
-        return self._encode(self._chat_template.render(messages), "messages", add_special_tokens=False)
+        return self._encode(self._chat_template.render(messages), "messages", max_tokens, add_special_tokens=False)
 
-    def _encode(self, text: str, field: str, *, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, field: str, max_tokens: int | None, *, add_special_tokens: bool) -> list[int]:
+        longest = self._longest_token
+        if max_tokens is not None and longest is not None and len(text) > max_tokens * longest:
+            raise InvalidRequest(field, f"has {len(text)} characters, more than {max_tokens} tokens can stand for")
         try:
             # Of the ways to encode, those for a batch release the GIL.
             (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)

@@ -262,7 +262,7 @@ class World:
             seq = self.alive[output.request_id]
             received = self.outputs[output.request_id]
             assert (output.num_cached is not None) == (not received)
-            assert (output.timings is not None) == (output.finish_reason is not None)
+            assert (output.timings is not None) == (not received or output.finish_reason is not None)
             received.append(output)
             if output.finish_reason is not None:
                 del self.alive[output.request_id]

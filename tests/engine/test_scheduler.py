@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
+from msgspec.structs import replace
 
 from server.engine.messages import TokenLogprob
 from server.engine.plan import Plan, Sampled
@@ -171,6 +172,18 @@ def test_timings_split_queue_load_prefill_and_decode() -> None:
     assert timings is not None
     assert (timings.queue, timings.load) == (5.0, 5.0)
     assert (timings.prefill, timings.decode) == (21.0, 22.0)
+
+
+def test_the_first_output_has_the_timings_up_to_it() -> None:
+    world = World(max_num_seqs=1)
+    world.submit([1] * 8, max_tokens=3)
+    world.drain(overlap=False)
+    first, *between, last = [output.timings for output in world.outputs["r0"]]
+    assert first is not None
+    assert last is not None
+    assert between == [None]
+    assert first == replace(last, decode=0.0)
+    assert last.decode > 0
 
 
 def test_load_is_counted_from_each_sequences_own_arrival() -> None:

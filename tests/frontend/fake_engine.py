@@ -104,7 +104,9 @@ class FakeEngine:
                 self.stats()
             case LoadAdapter(call_id=call_id, adapter=adapter):
                 if "broken" in adapter.path:
-                    error = ErrorPayload("FAILED_PRECONDITION", "ADAPTER_INVALID", f"{adapter.path}: lora_A has a NaN")
+                    faults = ["lora_A has a NaN", "lora_B has shape [1, 2]"]
+                    message = f"{adapter.path}: {'; '.join(faults)}"
+                    error = ErrorPayload("FAILED_PRECONDITION", "ADAPTER_INVALID", message, faults=faults)
                     self.send(CallDone(call_id, error))
                 elif "slow" not in adapter.path:
                     self.resident[adapter.digest] = "device"

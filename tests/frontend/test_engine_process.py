@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from adapters.errors import LorikeetError
 from server.errors import BaseModelError, ConfigError, EngineUnavailable
 from server.frontend.supervisor import Backoff
 from tests.frontend.fake_engine import CRASH, ECHO, HOLD, NO_MESSAGE
@@ -61,12 +62,13 @@ def test_the_error_says_how_the_engine_ended(tmp_path: Path) -> None:
     run(test())
 
 
-def test_an_engine_that_refuses_its_base_is_not_started_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("status", "kind"), [("2", ConfigError), ("3", BaseModelError)])
+def test_an_engine_that_refuses_its_base_or_a_setting_is_not_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, kind: type[LorikeetError]
 ) -> None:
     async def test() -> None:
-        frontend, recorder = make_frontend(tmp_path, "--exit", "3", "--say", "loading\nerror: model.safetensors is cut")
-        with pytest.raises(BaseModelError, match=r"^model.safetensors is cut$"):
+        frontend, recorder = make_frontend(tmp_path, "--exit", status, "--say", "loading\nerror: this is refused")
+        with pytest.raises(kind, match=r"^this is refused$"):
             await frontend.start()
         assert frontend.info is None
         await frontend.stop(0.0)

@@ -240,8 +240,9 @@ def test_adapters_are_loaded_and_dropped(tmp_path: Path) -> None:
             await frontend.unload_adapter("pirate")
             assert frontend.residency("sha256:pirate") == "disk"
             assert [call["residency"] for call in recorder.named("first_token")] == ["device"]
-            with pytest.raises(InvalidAdapter, match="lora_A has a NaN"):
+            with pytest.raises(InvalidAdapter, match="lora_A has a NaN") as caught:
                 await frontend.load_adapter("broken")
+            assert caught.value.faults == ("lora_A has a NaN", "lora_B has shape [1, 2]")
             for asked in (frontend.load_adapter("missing"), collect(frontend, request("hi", adapter="missing"))):
                 with pytest.raises(AdapterNotFound):
                     await asked
@@ -351,7 +352,8 @@ def test_stop_ends_what_did_not_finish_in_time(tmp_path: Path) -> None:
             await asyncio.sleep(0)
             await frontend.stop(grace=0.01)
             for task in (reader, loading):
-                with pytest.raises(ShuttingDown):
+                with pytest.raises(ShuttingDown) as caught:
                     await task
+                assert caught.value.retry_after is not None
 
     run(test())
