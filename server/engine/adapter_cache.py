@@ -1,7 +1,9 @@
 """Which adapters are in memory, who holds them, and bringing in those that are not.
 
 Reading, checking and copying happen on a worker thread; the step loop asks `poll()` once a step, which only
-moves entries between states. Rows are taken from adapters without leases, least recently used first.
+moves entries between states. Rows are taken from adapters without leases, least recently used first. Where leases
+leave too few, the least recently used adapters are *drained*, given no new leases, so that busy adapters cannot
+keep one out for ever; whoever waits for rows first gets them first.
 
     request → READING (worker) → WAITING for rows → COPYING (worker) → resident
 """
@@ -55,6 +57,7 @@ class AdapterCache:
         self._load = load
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._loading: dict[str, _Loading] = {}
+        self._draining: set[str] = set()  # resident ones that get no new leases; settled anew by every poll
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
         self.num_loads = 0
         self.num_failures = 0
@@ -69,9 +72,9 @@ class AdapterCache:
         return digest in self._resident
 
     def acquire(self, digest: str) -> bool:
-        """Take a lease if resident: a leased adapter is never evicted."""
+        """Take a lease if resident and not draining: a leased adapter is never evicted."""
         entry = self._resident.get(digest)
-        if entry is None:
+        if entry is None or digest in self._draining:
             return False
         entry.leases += 1
         self._resident.move_to_end(digest)
@@ -105,6 +108,7 @@ class AdapterCache:
         """Advance every load whose work is done. What arrives is still there when this returns: rows are taken for
         others before, not after, or adapters that wait for each other's rows could evict each other for ever."""
         arrivals = Arrivals()
+        self._draining.clear()
         for digest, loading in sorted(self._loading.items(), key=lambda item: item[1].ranges is not None):
             try:
                 done = self._advance(digest, loading)
@@ -155,16 +159,20 @@ class AdapterCache:
         return True
 
     def _allocate(self, rank: int, digest: str) -> Ranges | None:
-        """Rows, evicting what nobody holds; None while those that are held leave too little."""
+        """Rows, evicting what nobody holds; None while those that are held leave too little, and are drained for
+        this one, or while an earlier one waits for rows."""
         needed = self._pool.rows_for(rank)
         if needed > self._pool.num_rows:
             raise AdapterTooLarge(
                 f"adapter {digest} of rank {rank} needs {needed * self._pool.row_bytes} bytes; "
                 f"{self._pool.num_rows * self._pool.row_bytes} are set aside for adapters (--adapter-memory)"
             )
+        if self._draining:
+            return None
         idle = [name for name, entry in self._resident.items() if not entry.leases]
         reclaimable = sum(self._pool.rows_for(self._resident[name].rank) for name in idle)
         if self._pool.num_free_rows + reclaimable < needed:
+            self._drain(needed - self._pool.num_free_rows)
             return None
         for name in idle:
             if self._pool.num_free_rows >= needed:
@@ -172,6 +180,14 @@ class AdapterCache:
             self._evict(name)
             self.num_evictions += 1
         return self._pool.allocate(rank)
+
+    def _drain(self, num_rows: int) -> None:
+        """Give no new leases on the least recently used adapters that have so many rows together."""
+        for digest, entry in self._resident.items():
+            if num_rows <= 0:
+                break
+            self._draining.add(digest)
+            num_rows -= self._pool.rows_for(entry.rank)
 
     def _evict(self, digest: str) -> None:
         self._pool.free(self._resident.pop(digest).ranges)
