@@ -38,7 +38,8 @@ def is_json_reply(answer: str) -> bool:
         return False
     if not isinstance(reply, dict) or set(reply) != {"topic", "answer"}:
         return False
-    return reply["topic"] in TOPICS and isinstance(reply["answer"], str) and bool(reply["answer"].strip())
+    topic, text = reply["topic"], reply["answer"]
+    return isinstance(topic, str) and topic in TOPICS and isinstance(text, str) and bool(text.strip())
 
 
 EFFECTS: Mapping[str, Effect] = MappingProxyType(
