@@ -14,9 +14,9 @@ from torch import Tensor
 
 from adapters.store import Version
 from lorikeet.v1 import adapter_pb2
-from tests.integration.conftest import StartServer, World
+from tests.integration.conftest import World
 from tests.support.client import Answer, Client, Failure, failure_of, generation, read
-from tests.support.peft_model import ADAPTERS, ATTENTION, lora_config
+from tests.support.peft_model import ATTENTION, lora_config
 from tests.support.server_process import ServerProcess
 from tests.support.waiting import eventually
 
@@ -237,22 +237,3 @@ def test_a_version_whose_directory_is_gone_is_an_error_of_its_own(client: Client
     assert failure.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION)
     assert failure.reason in ("STORE_UNAVAILABLE", "ADAPTER_INVALID")
     world.store.remove("gone")
-
-
-def test_adapters_take_turns_in_little_memory(start_server: StartServer, world: World) -> None:
-    """Room for 48 ranks of 64 in all: all are served, exactly, by eviction; one that can never fit is refused."""
-    server = start_server("--kv-cache-memory", "4MiB", "--adapter-memory", "384KiB", "--max-num-seqs", "8")
-    client = Client(server.port)
-    small = [name for name in ADAPTERS if ADAPTERS[name].r <= 24]
-    requests = [generation(PROMPT, name, 40) for _ in range(3) for name in small]
-    calls = [(request["adapter_id"], client.open(request)) for request in requests]
-    expected = {name: world.oracle.greedy(PROMPT, 40, name) for name in small}
-    for name, call in calls:
-        assert read(call).token_ids == expected[name]
-    assert server.metrics()["lorikeet_adapter_evictions_total"] > 0
-    failure = client.refused(generation(PROMPT, "rank-64"))
-    assert failure.code == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert failure.reason == "ADAPTER_TOO_LARGE"
-    eventually(server.is_idle, "everything is let go")
-    client.close()
-    assert server.stop() == 0
