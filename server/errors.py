@@ -6,6 +6,9 @@
     ├── ShuttingDown        UNAVAILABLE          the server is stopping and takes no new requests
     ├── StreamStalled       ABORTED              the client did not read its stream for too long
     ├── EngineUnavailable   UNAVAILABLE          the engine process died or is not ready yet
+    ├── PinRefused          RESOURCE_EXHAUSTED   pinning it would leave too little memory for other adapters
+    ├── LoadCancelled       ABORTED              the adapter was unloaded while it was being loaded
+    ├── CanaryFailed        FAILED_PRECONDITION  a loaded adapter computes what its files do not say (an InvalidAdapter)
     ├── BaseModelError      FAILED_PRECONDITION  the base model cannot be found or read
     │   └── UnsupportedModel                     its architecture or a setting is not supported
     └── ConfigError         INVALID_ARGUMENT     a setting of the server itself is wrong (port in use, …)
@@ -13,7 +16,7 @@
 Must not hold: anything of gRPC (`server.rpc.status`) or torch.
 """
 
-from adapters.errors import LorikeetError
+from adapters.errors import InvalidAdapter, LorikeetError
 
 
 class InvalidRequest(LorikeetError):
@@ -46,6 +49,26 @@ class StreamStalled(LorikeetError):
 
     code = "ABORTED"
     reason = "STREAM_STALLED"
+
+
+class PinRefused(LorikeetError):
+    """Pinning the adapter would leave too little memory for another one."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "ADAPTER_PIN_REFUSED"
+
+
+class LoadCancelled(LorikeetError):
+    """The adapter was unloaded while it was being loaded."""
+
+    code = "ABORTED"
+    reason = "ADAPTER_LOAD_CANCELLED"
+
+
+class CanaryFailed(InvalidAdapter):
+    """Once loaded, the adapter computes something else than its files say. `faults` names the projections."""
+
+    reason = "ADAPTER_CANARY_FAILED"
 
 
 class EngineUnavailable(LorikeetError):

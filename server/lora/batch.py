@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ class TokenSpan(NamedTuple):
 
     length: int
     rows: Ranges | None
+
+
+class LowRankTerm(Protocol):
+    """What the adapters of a batch add to its linear layers."""
+
+    def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
+        """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
+        ...
 
 
 class _Segment(NamedTuple):

@@ -35,6 +35,7 @@ class AdapterPool:
 
     def __init__(self, spec: ModelSpec, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         groups = linear_groups(spec)
+        self.dtype = dtype
         self.row_bytes = (
             spec.num_layers
             * dtype.itemsize
@@ -51,6 +52,7 @@ class AdapterPool:
             for group in groups
         }
         self._free = [True] * (self.num_rows // PAGE_ROWS)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def num_free_rows(self) -> int:
@@ -81,14 +83,21 @@ class AdapterPool:
                 self._free[page] = True
 
     def write(self, ranges: Ranges, adapter: PackedAdapter) -> None:
-        """Copy an adapter into rows that nobody reads yet; may run on another thread than the step loop."""
+        """Copy an adapter into rows that nobody reads yet; may run on another thread than the step loop, and beside
+        it: on a GPU in a stream of its own. The rows are written when this returns."""
+        with torch.cuda.stream(self._copies):  # None: no stream
+            self._copy(ranges, adapter)
+        if self._copies is not None:
+            self._copies.synchronize()
+
+    def _copy(self, ranges: Ranges, adapter: PackedAdapter) -> None:
         first = 0
         for start, stop in ranges:
             rows = slice(first, first + stop - start)
             for name, pool in self.groups.items():
-                pool.a[:, start:stop].copy_(adapter.a[name][:, rows])
+                pool.a[:, start:stop].copy_(adapter.a[name][:, rows], non_blocking=True)
                 for mine, theirs in zip(pool.b, adapter.b[name], strict=True):
-                    mine[:, start:stop].copy_(theirs[:, rows])
+                    mine[:, start:stop].copy_(theirs[:, rows], non_blocking=True)
             first = rows.stop
         assert first == adapter.rank, f"{first} rows for an adapter of rank {adapter.rank}"
 

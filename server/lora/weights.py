@@ -1,7 +1,8 @@
 """An adapter's files as tensors ready for the pool. Runs off the step loop."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adapters.errors import InvalidAdapter
-from adapters.layout import Limits, LoraModule, read_layout
-from adapters.validation import WEIGHTS_FILE, opened, read_header, refuse
+from adapters.layout import AdapterLayout, Limits, LoraModule, read_layout
+from adapters.validation import WEIGHTS_FILE, TensorEntry, opened, read_header, refuse
 from server.base.spec import ModelSpec
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,67 +52,120 @@ class PackedAdapter:
     a: Mapping[str, Tensor]
     b: Mapping[str, tuple[Tensor, ...]]
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = [*self.a.values(), *(tensor for slices in self.b.values() for tensor in slices)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype) -> PackedAdapter:
-    """Read, check and pack a PEFT directory. Raises InvalidAdapter or UnsupportedAdapter listing the faults."""
-    # Whether an adapter without effect is wanted was decided when it was published.
-    layout = read_layout(directory, spec.linears(), allow_zero=True)
+
+def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype, pin: bool = False) -> PackedAdapter:
+    """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
+    UnsupportedAdapter listing the faults.
+
+    Few large operations: what runs in the interpreter here holds up the step loop, what runs in torch does not.
+    """
+    # Whether an adapter without effect is wanted was decided when it was published; the values are looked at below.
+    layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
+    with opened(directory / WEIGHTS_FILE) as fd:
+        tensors = read_tensors(fd, read_header(fd, Limits()))
     rank = max(module.rank for module in layout.modules.values())
+    is_full = len(layout.modules) == len(spec.linears()) and all(m.rank == rank for m in layout.modules.values())
+    flat, packed = _allocate(spec, rank, dtype, pin)
+    if not is_full:
+        flat.zero_()
+    _fill(packed, spec, layout, tensors)
+    low, high = torch.aminmax(flat)  # NaN shows in both
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise _not_finite(directory, spec, packed, dtype)
+    return packed
+
+
+def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+    """The tensors of an open safetensors file, whose entries lie one behind the other, by one read into private
+    memory. Not mapped: a file cut short under a map ends the process. Raises InvalidAdapter if it is cut short."""
+    first = entries[0].start if entries else 0
+    data = torch.empty(entries[-1].stop - first if entries else 0, dtype=torch.uint8)
+    _read_into(fd, data.numpy().data, first, entries)
+    dtypes = {entry.dtype for entry in entries}
+    if len(dtypes) == 1:
+        whole = data.view(_DTYPES[dtypes.pop()])
+        parts = whole.split([math.prod(entry.shape) for entry in entries])
+    else:  # a view needs its start aligned
+        pieces = data.split([entry.stop - entry.start for entry in entries])
+        parts = tuple(piece.clone().view(_DTYPES[entry.dtype]) for piece, entry in zip(pieces, entries, strict=True))
+    return {entry.name: part.view(entry.shape) for entry, part in zip(entries, parts, strict=True)}
+
+
+def _read_into(fd: int, buffer: memoryview, start: int, entries: Sequence[TensorEntry]) -> None:
+    position = 0
+    while position < len(buffer):  # one read takes 2 GiB at most
+        count = os.preadv(fd, [buffer[position:]], start + position)
+        if count == 0:
+            name = next(entry.name for entry in entries if entry.stop > start + position)
+            raise refuse(f"{name}: truncated while it was read")
+        position += count
+
+
+def _allocate(spec: ModelSpec, rank: int, dtype: torch.dtype, pin: bool) -> tuple[Tensor, PackedAdapter]:
+    """All of an adapter's memory as one tensor, not yet written, and the parts of it."""
+    groups = linear_groups(spec)
+    rows = spec.num_layers * rank
+    sizes = [rows * width for g in groups for width in (len(g.modules) * g.in_features, *g.widths)]
+    flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
+    parts = iter(flat.split(sizes))
     a: dict[str, Tensor] = {}
     b: dict[str, tuple[Tensor, ...]] = {}
-    with opened(directory / WEIGHTS_FILE) as fd:
-        file = TensorFile(fd)
-        for group in linear_groups(spec):
-            slices = len(group.modules)
-            group_a = torch.zeros(spec.num_layers, rank, slices, group.in_features, dtype=dtype)
-            group_b = tuple(torch.zeros(spec.num_layers, rank, width, dtype=dtype) for width in group.widths)
-            for layer in range(spec.num_layers):
-                for s, name in enumerate(group.modules):
-                    module = layout.modules.get(f"model.layers.{layer}.{name}")
-                    if module is not None:
-                        _pack(file, module, group_a[layer, :, s], group_b[s][layer])
-            a[group.name], b[group.name] = group_a, group_b
-    _check_finite(directory, dtype, a, b)
-    return PackedAdapter(rank, a, b)
+    for g in groups:
+        a[g.name] = next(parts).view(spec.num_layers, rank, len(g.modules), g.in_features)
+        b[g.name] = tuple(next(parts).view(spec.num_layers, rank, width) for width in g.widths)
+    return flat, PackedAdapter(rank, a, b)
 
 
-class TensorFile:
-    """The tensors of an open safetensors file, read and not mapped: one cut short under a map ends the process."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._entries = {entry.name: entry for entry in read_header(fd, Limits())}
-
-    def tensor(self, name: str, shape: tuple[int, int]) -> Tensor:
-        """Raises InvalidAdapter if the file is no longer what was checked."""
-        entry = self._entries.get(name)
-        if entry is None or entry.shape != shape:
-            raise refuse(f"{name}: changed while it was read")
-        data = memoryview(bytearray(entry.stop - entry.start))
-        position = 0
-        while position < len(data):  # one read takes 2 GiB at most
-            count = os.preadv(self._fd, [data[position:]], entry.start + position)
-            if count == 0:
-                raise refuse(f"{name}: truncated while it was read")
-            position += count
-        return torch.frombuffer(data, dtype=_DTYPES[entry.dtype]).view(shape)
-
-
-def _pack(file: TensorFile, module: LoraModule, a: Tensor, b: Tensor) -> None:
-    """Copy one module's A [r, in] and B [out, r] into rows [:r] of a [rank, in] and b [rank, out]."""
-    rank = module.rank
-    a[:rank] = file.tensor(module.a_key, (rank, a.shape[1]))
-    # Scaled in float32, so that a scaling that is no power of two is rounded once.
-    b[:rank] = (file.tensor(module.b_key, (b.shape[1], rank)).float() * module.scaling).t()
+def _fill(packed: PackedAdapter, spec: ModelSpec, layout: AdapterLayout, tensors: Mapping[str, Tensor]) -> None:
+    """Copy every module's A [r, in] and scaled B [out, r] into rows [:r] of its a [rank, in] and b [rank, out]."""
+    scaled: list[Tensor] = []
+    scalings: list[float] = []
+    sources: list[Tensor] = []
+    targets: list[Tensor] = []
+    for group in linear_groups(spec):
+        for s, name in enumerate(group.modules):
+            rows_a, rows_b = packed.a[group.name][:, :, s].unbind(0), packed.b[group.name][s].unbind(0)
+            for layer, (a, b) in enumerate(zip(rows_a, rows_b, strict=True)):
+                module = layout.modules.get(f"model.layers.{layer}.{name}")
+                if module is None:
+                    continue
+                rank = module.rank
+                file_a = _tensor(tensors, module.a_key, (rank, a.shape[1]))
+                # Scaled in float32, or in the dtype that it stays in: rounded once.
+                file_b = _tensor(tensors, module.b_key, (b.shape[1], rank)).to(_scaling_dtype(tensors, module, b))
+                scaled.append(file_b)
+                scalings.append(module.scaling)
+                sources += (file_a, file_b.t())
+                targets += (a, b) if rank == packed.rank else (a[:rank], b[:rank])
+    torch._foreach_mul_(scaled, scalings)
+    torch._foreach_copy_(targets, sources)
 
 
-def _check_finite(
-    directory: Path, dtype: torch.dtype, a: Mapping[str, Tensor], b: Mapping[str, tuple[Tensor, ...]]
-) -> None:
-    """The files are finite, but narrowing to float16, or the scaling, may overflow."""
-    overflowed = [name for name in a if not all(bool(torch.isfinite(tensor).all()) for tensor in (a[name], *b[name]))]
-    if overflowed:
-        raise InvalidAdapter(
-            f"{directory}: values overflow {dtype} once scaled, in {', '.join(overflowed)}; use bfloat16 or float32",
-            faults=[f"{name}: not finite in {dtype}" for name in overflowed],
-        )
+def _scaling_dtype(tensors: Mapping[str, Tensor], module: LoraModule, target: Tensor) -> torch.dtype:
+    return target.dtype if tensors[module.b_key].dtype == target.dtype else torch.float32
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """Raises InvalidAdapter if the file is no longer what was checked."""
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape:
+        raise refuse(f"{name}: changed while it was read")
+    return tensor
+
+
+def _not_finite(directory: Path, spec: ModelSpec, packed: PackedAdapter, dtype: torch.dtype) -> InvalidAdapter:
+    """Why: NaN or infinity in the files, or values that narrowing to float16, or the scaling, made too large."""
+    try:
+        read_layout(directory, spec.linears(), allow_zero=True)
+    except InvalidAdapter as error:
+        return error
+    found = [name for name in packed.a if not all(bool(t.isfinite().all()) for t in (packed.a[name], *packed.b[name]))]
+    return InvalidAdapter(
+        f"{directory}: values overflow {dtype} once scaled, in {', '.join(found)}; use bfloat16 or float32",
+        faults=[f"{name}: not finite in {dtype}" for name in found],
+    )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from server.lora.batch import LoraBatch
+from server.lora.batch import LowRankTerm
 from server.model.attention import AttentionPlan
 
 
@@ -23,4 +23,4 @@ class ForwardBatch:
     slots: Tensor
     sample_index: Tensor
     attention: AttentionPlan
-    lora: LoraBatch | None
+    lora: LowRankTerm | None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from server.base.spec import ModelSpec
 from server.kernels import PackedLinear, add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
-from server.lora.batch import LoraBatch
+from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
 
@@ -103,7 +103,7 @@ class Transformer:
         return _linear(layer.o, attended.reshape(n, heads * d), batch.lora, "o", index)
 
 
-def _linear(weight: PackedLinear, x: Tensor, lora: LoraBatch | None, group: str, layer: int) -> Tensor:
+def _linear(weight: PackedLinear, x: Tensor, lora: LowRankTerm | None, group: str, layer: int) -> Tensor:
     y = weight(x)
     if lora is not None:
         lora.add(y, x, group, layer)

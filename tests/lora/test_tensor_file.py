@@ -1,5 +1,6 @@
 """Tensors read from a file that may change under the reader, against what safetensors wrote."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from adapters.errors import InvalidAdapter
-from server.lora.weights import TensorFile
+from adapters.validation import Limits, opened, read_header
+from server.lora.weights import read_tensors
 
 
 @pytest.fixture
@@ -19,23 +21,42 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_are_those_that_were_saved(path: Path, dtype: torch.dtype) -> None:
     saved = {name: torch.randn(rows, 7).to(dtype) for name, rows in (("a", 3), ("b", 5), ("c", 1))}
-    save_file(saved, path)
-    fd = os.open(path, os.O_RDONLY)
-    file = TensorFile(fd)
+    assert_read_back(saved, path)
+
+
+def test_dtypes_may_be_mixed_and_lie_unaligned(path: Path) -> None:
+    saved = {"a": torch.randn(1, 1).half(), "b": torch.randn(3, 5), "c": torch.randn(3, 3).bfloat16()}
+    save_file({"b": saved["b"]}, path)
+    header = {
+        "a": {"dtype": "F16", "shape": [1, 1], "data_offsets": [0, 2]},
+        "b": {"dtype": "F32", "shape": [3, 5], "data_offsets": [2, 62]},
+        "c": {"dtype": "BF16", "shape": [3, 3], "data_offsets": [62, 80]},
+    }
+    raw = json.dumps(header).encode()
+    data = b"".join(tensor.view(torch.uint8).numpy().tobytes() for tensor in saved.values())
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    assert_read_back(saved, path, write=False)
+
+
+def assert_read_back(saved: dict[str, torch.Tensor], path: Path, write: bool = True) -> None:
+    if write:
+        save_file(saved, path)
+    with opened(path) as fd:
+        found = read_tensors(fd, read_header(fd, Limits()))
+    assert found.keys() == saved.keys()
     for name, tensor in saved.items():
-        assert torch.equal(file.tensor(name, (tensor.shape[0], 7)), tensor)
-    os.close(fd)
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_crash(path: Path) -> None:
     """Under a memory map the process would be killed by SIGBUS."""
     save_file({"a": torch.ones(64, 1024), "b": torch.ones(64, 1024)}, path)
-    fd = os.open(path, os.O_RDONLY)
-    file = TensorFile(fd)
-    os.truncate(path, 4096)
-    with pytest.raises(InvalidAdapter, match="b: truncated"):
-        file.tensor("b", (64, 1024))
-    for name, shape in (("c", (64, 1024)), ("a", (64, 1023))):
-        with pytest.raises(InvalidAdapter, match=f"{name}: changed"):
-            file.tensor(name, shape)
-    os.close(fd)
+    with opened(path) as fd:
+        entries = read_header(fd, Limits())
+        os.truncate(path, entries[1].start + 8)
+        with pytest.raises(InvalidAdapter, match="b: truncated"):
+            read_tensors(fd, entries)
+        os.truncate(path, 4096)
+        with pytest.raises(InvalidAdapter, match="a: truncated"):
+            read_tensors(fd, entries)

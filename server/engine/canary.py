@@ -1,0 +1,201 @@
+"""Proof that an adapter in the pool does what its files say, before any request runs on it.
+
+A fixed prompt goes through the model twice in one pass: tokens whose low-rank term comes from the pool, as in
+serving, and tokens whose term is W's delta computed here from the files: scaling · (x Aᵀ) Bᵀ in float32, module by
+module. The base's products are shared. Only the reading of the file is shared with the loader: which tensor belongs
+to which layer, the scaling, the slices of fused products and the rows of the pool are established here anew.
+
+Compared are each projection's term on the same input, which no noise of the base hides, and the logits.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters.patterns import Pattern, PatternCompiler
+from adapters.peft_config import suffix_pattern
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
+from server.errors import CanaryFailed
+from server.lora.batch import LoraBatch, TokenSpan, build_lora_batch
+from server.lora.pool import AdapterPool, Ranges
+from server.lora.weights import linear_groups, read_tensors
+from server.model.attention import AttentionChunk, TorchAttention
+from server.model.batch import ForwardBatch
+from server.model.kv_cache import KVCache
+from server.model.transformer import Transformer
+
+PROMPT_LENGTH = 4
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far serving may be off: a projection's term relative to the norm of what it is a sum of, and the logits
+    relative to the largest. Rounding takes a tenth of it; one lost rank row of 128 is 0.09 of a term."""
+
+    term: float
+    logits: float
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-3),
+    torch.float16: Tolerance(5e-3, 3e-2),
+    torch.bfloat16: Tolerance(3e-2, 1e-1),
+}
+
+
+class Canary:
+    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own."""
+
+    def __init__(self, model: Transformer, pool: AdapterPool, max_model_len: int) -> None:
+        self._model = model
+        self._pool = pool
+        embedding = model.weights.embedding
+        self._dtype, self._device = embedding.dtype, embedding.device
+        self._length = min(PROMPT_LENGTH, max_model_len)
+
+    @torch.inference_mode()
+    def check(self, directory: Path, ranges: Ranges) -> None:
+        """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
+        n, tolerance = self._length, TOLERANCES[self._dtype]
+        reference = Reference.read(directory, self._device)
+        served = build_lora_batch(self._pool, [], [TokenSpan(n, ranges), TokenSpan(n, None)])
+        assert served is not None, "an adapter has rows"
+        both = _Both(n, served, reference, {g.name: g.modules for g in linear_groups(self._model.spec)})
+        logits = self._logits(both).float()
+        faults = both.faults(tolerance.term)
+        off, largest = float((logits[0] - logits[1]).abs().max()), float(logits[1].abs().max())
+        if not off <= tolerance.logits * largest:
+            faults.append(f"logits: off by {off:.3g} where the largest is {largest:.3g}")
+        if faults:
+            more = f" … ({len(faults)} in all)" if len(faults) > 3 else ""
+            raise CanaryFailed(
+                f"{directory.name}: what the loaded adapter computes is not what its files say: "
+                f"{'; '.join(faults[:3])}{more}",
+                faults=faults,
+            )
+
+    def _logits(self, lora: "_Both") -> Tensor:
+        """[2, vocab] for the prompt's last token, served and by reference: two sequences of one step."""
+        n = self._length
+        spec = self._model.spec
+        ids = [(7919 * i + 104_729) % spec.vocab_size for i in range(n)]
+        cache = KVCache.allocate(spec, 2, n, self._dtype, self._device)
+        chunks = [AttentionChunk(0, n, [0]), AttentionChunk(0, n, [1])]
+        batch = ForwardBatch(
+            input_ids=torch.tensor(ids * 2, device=self._device),
+            positions=torch.arange(n, device=self._device).repeat(2),
+            slots=torch.arange(2 * n, device=self._device),
+            sample_index=torch.tensor([n - 1, 2 * n - 1], device=self._device),
+            attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, n, self._device).plan([], chunks),
+            lora=lora,
+        )
+        return self._model.forward(batch, cache)
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A [r, in] and B [out, r] as the file has them, and the scaling of their product."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The adapter by module path, straight from its files."""
+
+    modules: Mapping[str, _Module]
+
+    @classmethod
+    def read(cls, directory: Path, device: torch.device) -> "Reference":
+        """The directory has been validated by the loader; it may change, but that ends in an error."""
+        with opened(directory / CONFIG_FILE) as fd:
+            config = read_json(fd, CONFIG_FILE, Limits().max_config_bytes)
+        with opened(directory / WEIGHTS_FILE) as fd:
+            tensors = read_tensors(fd, read_header(fd, Limits()))
+        alpha_of = _alphas(config)
+        modules: dict[str, _Module] = {}
+        for name, a in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                path = name.removesuffix(".lora_A.weight")
+                b, rank = tensors[f"{path}.lora_B.weight"], a.shape[0]
+                path = path.removeprefix(_PREFIX)
+                scaling = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+                modules[path] = _Module(a.to(device).float(), b.to(device).float(), scaling)
+        return cls(modules)
+
+    def term(self, x: Tensor, paths: list[str], widths: list[int]) -> Tensor:
+        """x [n, in] → [n, sum(widths)] float32: the deltas of projections that share an input, side by side."""
+        parts = []
+        for path, width in zip(paths, widths, strict=True):
+            module = self.modules.get(path)
+            if module is None:
+                parts.append(x.new_zeros(len(x), width))
+            else:
+                parts.append(module.scaling * (x @ module.a.t() @ module.b.t()))
+        return torch.cat(parts, dim=1)
+
+
+def _alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
+    """module path → lora_alpha, by PEFT's rule: the first pattern that matches the end of the path, at a dot."""
+    compiler = PatternCompiler()
+    given = (config.get("alpha_pattern") or {}).items()
+    patterns: list[tuple[Pattern, float]] = [(compiler.compile(suffix_pattern(key)), alpha) for key, alpha in given]
+    default: float = config.get("lora_alpha", 8)
+    return lambda path: next((alpha for matches, alpha in patterns if matches(path)), default)
+
+
+class _Both:
+    """The low-rank terms of the two halves of a batch of 2 · n tokens: from the pool, and by reference."""
+
+    def __init__(self, n: int, served: LoraBatch, reference: Reference, modules: Mapping[str, tuple[str, ...]]) -> None:
+        self._n = n
+        self._served = served
+        self._reference = reference
+        self._modules = modules
+        self._off: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
+        n = self._n
+        widths = list(self._served.pool.groups[group].group.widths)
+        served = torch.zeros_like(y)
+        self._served.add(served, x, group, layer)
+        exact = self._reference.term(x.float(), self._paths(group, layer), widths)
+        off = (served[:n] - exact[:n]).square().sum(0)  # [out]
+        self._off[group, layer] = off, exact[:n].square().sum(0), x[:n].clone()
+        y[:n] += served[:n]
+        y[n:] += exact[n:].to(y.dtype)
+
+    def faults(self, tolerance: float) -> list[str]:
+        """The projections that are off by more than `tolerance`, each with how much."""
+        found: list[str] = []
+        for (group, layer), (off, exact, x) in self._off.items():
+            widths = list(self._served.pool.groups[group].group.widths)
+            offs, exacts = off.split(widths), exact.split(widths)
+            for path, o, e in zip(self._paths(group, layer), offs, exacts, strict=True):
+                error, norm = float(o.sum().sqrt()), float(e.sum().sqrt())
+                if not error <= tolerance * norm:
+                    norm = self._norm_of_parts(path, x.float(), len(o))
+                    if not error <= tolerance * norm:
+                        found.append(f"{path}: off by {error:.3g} of {norm:.3g}")
+        return found
+
+    def _norm_of_parts(self, path: str, x: Tensor, width: int) -> float:
+        """The norm that a term would have if what its rank rows contribute did not cancel, and no less than what the
+        dtype cannot tell from zero."""
+        smallest = torch.finfo(self._served.pool.dtype).smallest_normal * math.sqrt(len(x) * width)
+        module = self._reference.modules.get(path)
+        if module is None:
+            return smallest
+        squares = (x @ module.a.t()).square().sum(0) @ module.b.square().sum(0)
+        return max(smallest, abs(module.scaling) * math.sqrt(float(squares)))
+
+    def _paths(self, group: str, layer: int) -> list[str]:
+        return [f"model.layers.{layer}.{module}" for module in self._modules[group]]
