@@ -7,7 +7,15 @@ from pathlib import Path
 
 from adapters.files import hash_file
 from adapters.layout import AdapterLayout
-from adapters.manifest import FileInfo, Manifest, TrainingInfo, canonical_json, utc_now
+from adapters.manifest import (
+    MANIFEST_FILE,
+    BaseReference,
+    FileInfo,
+    Manifest,
+    TrainingInfo,
+    canonical_json,
+    utc_now,
+)
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
 
 _FORMAT = "lorikeet-adapter-v1"
@@ -27,20 +35,22 @@ def describe(
     directory: Path,
     layout: AdapterLayout,
     linears: Mapping[str, tuple[int, int]],
-    base_digest: str,
-    base_name: str,
+    base: BaseReference,
+    *,
     training: TrainingInfo | None,
+    trained_base: BaseReference | None,
+    notes: str,
 ) -> Manifest:
-    """The manifest of a checked directory."""
+    """The manifest of a directory that was checked against `base`."""
     files = {
         name: FileInfo(sha256=hash_file(directory / name), size_bytes=(directory / name).stat().st_size)
         for name in (CONFIG_FILE, WEIGHTS_FILE)
     }
     ranks = tuple(sorted({module.rank for module in layout.modules.values()}))
     return Manifest(
-        digest=content_digest(base_digest, files),
-        base_digest=base_digest,
-        base_name=base_name,
+        digest=content_digest(base.digest, files),
+        base_digest=base.digest,
+        base_name=base.name,
         rank=ranks[-1],
         ranks=ranks,
         alpha=float(json.loads((directory / CONFIG_FILE).read_bytes()).get("lora_alpha", 8)),
@@ -51,12 +61,27 @@ def describe(
         created_at=utc_now(),
         files=files,
         training=training,
+        trained_base=trained_base,
+        notes=notes,
     )
 
 
-def damage(directory: Path, manifest: Manifest) -> list[str]:
-    """What differs from the manifest, one line a file; empty when the version is intact. Reads every byte."""
-    faults = []
+def manifest_faults(manifest: Manifest, digest: str) -> list[str]:
+    """Why this cannot be the manifest of the version `digest`: a digest speaks for the files and the base."""
+    if manifest.digest != digest:
+        return [f"{MANIFEST_FILE}: does not belong to {digest}"]
+    if manifest.files.keys() != {CONFIG_FILE, WEIGHTS_FILE}:
+        return [f"{MANIFEST_FILE}: does not list {CONFIG_FILE} and {WEIGHTS_FILE} alone"]
+    if content_digest(manifest.base_digest, manifest.files) != digest:
+        return [f"{MANIFEST_FILE}: its files and base do not give {digest}"]
+    return []
+
+
+def damage(directory: Path, manifest: Manifest, digest: str) -> list[str]:
+    """What is not as the version `digest` has to be, one line a fault; empty when intact. Reads every byte."""
+    faults = manifest_faults(manifest, digest)
+    if faults:
+        return faults
     for name, info in manifest.files.items():
         try:
             found = hash_file(directory / name)
@@ -65,6 +90,4 @@ def damage(directory: Path, manifest: Manifest) -> list[str]:
             continue
         if found != info.sha256:
             faults.append(f"{name}: its sha256 is {found}, not {info.sha256}")
-    if content_digest(manifest.base_digest, manifest.files) != manifest.digest:
-        faults.append("the manifest's digest is not that of its files")
     return faults

@@ -8,7 +8,8 @@
         ├── InvalidAdapter        FAILED_PRECONDITION  the files are broken or do not fit; `faults` lists all
         │   ├── UnsupportedAdapter                     well formed, but uses what is not honoured (DoRA, bias, …)
         │   └── BaseMismatch                           made for another base model
-        ├── AdapterInUse          FAILED_PRECONDITION  asked to remove what running requests hold
+        ├── AdapterInUse          FAILED_PRECONDITION  asked to remove what running requests or labels hold
+        ├── LabelMoved            ABORTED              the label is not where the caller expected it
         ├── AdapterTooLarge       RESOURCE_EXHAUSTED   does not fit the memory set aside for adapters
         ├── StoreFull             RESOURCE_EXHAUSTED   no room on the store's disk
         └── StoreUnavailable      UNAVAILABLE          the store cannot be read or written
@@ -92,10 +93,17 @@ class BaseMismatch(InvalidAdapter):
 
 
 class AdapterInUse(AdapterError):
-    """Running requests hold this adapter."""
+    """Running requests, or labels, hold this adapter."""
 
     code = "FAILED_PRECONDITION"
     reason = "ADAPTER_IN_USE"
+
+
+class LabelMoved(AdapterError):
+    """A label is not where the caller expected it: someone else moved it. Look again, then decide."""
+
+    code = "ABORTED"
+    reason = "LABEL_MOVED"
 
 
 class AdapterTooLarge(AdapterError):

@@ -39,9 +39,20 @@ class FileInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseReference:
+    """A base model that is not at hand."""
+
+    digest: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """An immutable version. `rank` is the largest of `ranks`, the distinct ranks in rising order; `target_modules` the
-    distinct layer names ("q_proj"); `dtype` as in safetensors; `created_at` RFC 3339 in UTC; sizes are bytes."""
+    distinct layer names ("q_proj"); `dtype` as in safetensors; `created_at` RFC 3339 in UTC; sizes are bytes.
+
+    `base_digest` is the base that it was checked against and is served on; `trained_base` the one it was trained on,
+    where that is another and someone insisted."""
 
     digest: str
     base_digest: str
@@ -56,6 +67,8 @@ class Manifest:
     created_at: str
     files: Mapping[str, FileInfo]
     training: TrainingInfo | None = None
+    trained_base: BaseReference | None = None
+    notes: str = ""
 
 
 def canonical_json(value: object) -> bytes:

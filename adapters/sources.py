@@ -1,11 +1,15 @@
-"""Opening the files of a PEFT directory that someone wants published."""
+"""The files of a PEFT directory that someone wants published."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from adapters.errors import InvalidAdapter
+from adapters.manifest import MANIFEST_FILE, Manifest, decode_json
 from adapters.validation import opened, refuse
+
+_MAX_MANIFEST_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -16,6 +20,17 @@ def open_source(directory: Path, name: str) -> Iterator[int]:
         raise refuse(f"{directory}: is not a directory")
     with opened(_resolved(directory, name)) as fd:
         yield fd
+
+
+def read_origin(directory: Path) -> Manifest | None:
+    """The manifest that a store left in a directory, as `export` does; None without one, or when it is not ours."""
+    if not os.path.lexists(directory / MANIFEST_FILE):
+        return None
+    try:
+        with open_source(directory, MANIFEST_FILE) as fd:
+            return decode_json(os.pread(fd, _MAX_MANIFEST_BYTES, 0), Manifest)
+    except (InvalidAdapter, ValueError):
+        return None
 
 
 def _resolved(directory: Path, name: str) -> Path:

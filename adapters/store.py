@@ -1,63 +1,56 @@
-"""The adapter store: a directory of immutable, content-addressed versions, and names whose labels point at them.
+"""The adapter store on disk: immutable, content-addressed versions, and names whose labels point at them.
 
-    versions/sha256-<hex>/   adapter_config.json (canonical), adapter_model.safetensors, manifest.json
-    names/<name>.json        the name's labels, versions and history; replaced whole, so always old or new
-    staging/                 publications in the making
-    lock                     held while a version is put into place and a label moves, and for nothing slow
+    versions/, staging/, lock   see `adapters.versions`
+    names/<name>.json           the name's labels, versions and history; replaced whole, so always old or new
 
 Any number of processes may read and write at once on one local file system. A process killed at any point
-leaves the old or the new state; what it was preparing is swept up by the next publication.
+leaves the old or the new state; what it was preparing is swept up by the next one that writes.
 """
 
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from adapters.content import damage, describe
 from adapters.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
-from adapters.files import copy_file, locked, store_error, store_errors, sync_directory, write_file
+from adapters.files import store_error, store_errors, sync_directory, write_file
 from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, is_name, parse_adapter_id
-from adapters.layout import Limits, read_layout
-from adapters.manifest import MANIFEST_FILE, Manifest, TrainingInfo, canonical_json, decode_json, utc_now
-from adapters.peft_config import canonical_config
-from adapters.records import NameRecord, new_record
-from adapters.sources import open_source
-from adapters.staging import staging_directory
-from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, read_header, read_json
+from adapters.leases import Lease
+from adapters.manifest import BaseReference, TrainingInfo, canonical_json, decode_json, utc_now
+from adapters.publication import Prepared, PublishOptions, prepared
+from adapters.records import NameRecord, published
+from adapters.validation import Limits
+from adapters.versions import Collected, Version, VersionFiles
+
+__all__ = ["AdapterStore", "Version", "default_store_root"]
 
 Stamp = tuple[int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """A published version under one of its names. `path` holds the PEFT files; `labels` point at it, sorted."""
-
-    name: str
-    digest: str
-    path: Path
-    labels: tuple[str, ...]
-    manifest: Manifest
 
 
 class AdapterStore:
     """Raises StoreUnavailable from any method when the disk fails, InvalidAdapterId for a malformed name or id."""
 
+    is_remote = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.location = str(root)
         self._names = root / "names"
-        self._versions = root / "versions"
-        self._staging = root / "staging"
-        self._lock = root / "lock"
+        self._files = VersionFiles(root)
 
     # Reading
 
     def resolve(self, adapter_id: str) -> Version:
         """The version that `name`, `name@label` or `name@sha256:…` means now. Raises AdapterNotFound."""
         parsed = parse_adapter_id(adapter_id)
-        record = self.record(parsed.name)
-        return self.version(record, record.digest_of(parsed))
+        while True:
+            stamp = self.stamp(parsed.name)
+            record = self.record(parsed.name)
+            try:
+                return self.version(record, record.digest_of(parsed))
+            except StoreUnavailable:
+                if self.stamp(parsed.name) == stamp:
+                    raise  # else it was removed and collected in between: look again
 
     def names(self) -> list[str]:
         """All names, sorted."""
@@ -106,16 +99,23 @@ class AdapterStore:
 
     def version(self, record: NameRecord, digest: str) -> Version:
         """A version of a record, with its manifest."""
-        path = self._version_path(digest)
-        return Version(record.name, digest, path, record.labels_of(digest), self._manifest(path))
+        manifest = self._files.manifest(digest)
+        return Version(record.name, digest, self._files.path(digest), record.labels_of(digest), manifest)
 
     def verify(self, version: Version) -> None:
         """Hashes a version's files again. Raises InvalidAdapter that names each file that is not what was published."""
-        faults = damage(version.path, version.manifest)
-        if version.manifest.digest != version.digest:
-            faults.append(f"{MANIFEST_FILE}: does not belong to {version.digest}")
-        if faults:
+        if faults := self._files.faults(version.digest):
             raise InvalidAdapter(f"{version.path} is damaged: {'; '.join(faults)}", faults=faults)
+
+    def fetch(self, digest: str) -> Path:
+        """The directory of a version's files, which are always here. Raises AdapterNotFound."""
+        if not (path := self._files.path(digest)).is_dir():
+            raise AdapterNotFound(f"no version {digest} in the store at {self.root}")
+        return path
+
+    def lease(self, digest: str) -> Lease:
+        """Keeps a version's files from garbage collection until released. Raises AdapterNotFound."""
+        return self._files.lease(digest)
 
     # Writing
 
@@ -128,104 +128,127 @@ class AdapterStore:
         base_name: str,
         linears: Mapping[str, tuple[int, int]],
         label: str = DEFAULT_LABEL,
+        expected: str | None = None,
         training: TrainingInfo | None = None,
+        notes: str = "",
         limits: Limits = Limits(),  # noqa: B008  (frozen)
         allow_zero: bool = False,
+        allow_base_mismatch: bool = False,
     ) -> Version:
         """Copy a PEFT directory into the store, check the copy, and point `name@label` at it; all or nothing.
 
         The same content for the same base is the same version: it keeps its first manifest, and only the label
-        moves. A name's first publication sets `latest` too. `allow_zero` takes an adapter without effect.
-        Raises InvalidAdapter and its kinds, StoreFull, StoreUnavailable.
+        moves. A name's first publication sets `latest` too. `expected` is as in `move_label`, the other options
+        are those of `PublishOptions`. Raises LabelMoved, InvalidAdapter and its kinds, StoreFull, StoreUnavailable.
         """
         check_name(name)
         check_label(label)
-        if training is not None and (names := training.not_finite()):
-            raise InvalidAdapter(f"training: {', '.join(names)} must be finite", faults=names)
-        with open_source(source, CONFIG_FILE) as config_fd, open_source(source, WEIGHTS_FILE) as weights_fd:
-            config = canonical_config(read_json(config_fd, CONFIG_FILE, limits.max_config_bytes))
-            read_header(weights_fd, limits)  # refuse early what would be copied in vain
-            needed = len(config) + os.fstat(weights_fd).st_size
-            with store_errors(self.root, needed):
-                for directory in (self._names, self._versions, self._staging):
-                    directory.mkdir(parents=True, exist_ok=True)
-                with staging_directory(self._staging, self._lock) as stage:
-                    content = stage / "content"
-                    content.mkdir()
-                    write_file(content / CONFIG_FILE, config)
-                    copy_file(weights_fd, content / WEIGHTS_FILE)
-                    layout = read_layout(content, linears, limits, allow_zero=allow_zero)
-                    manifest = describe(content, layout, linears, base_digest, base_name, training)
-                    write_file(content / MANIFEST_FILE, canonical_json(manifest))
-                    sync_directory(content)
-                    with locked(self._lock):
-                        record = self._commit(stage, content, name, label, manifest.digest)
-        return self.version(record, manifest.digest)
+        base = BaseReference(digest=check_digest(base_digest), name=base_name)
+        options = PublishOptions(training, notes, limits, allow_zero, allow_base_mismatch)
+        with prepared(self._files, source, base, linears, options) as ready:
+            self._names.mkdir(exist_ok=True)
+            with self._files.locked():
+                record = self._commit(ready, name, label, expected)
+        return self.version(record, ready.manifest.digest)
+
+    def move_label(self, name: str, label: str, digest: str, *, expected: str | None = None) -> Version:
+        """Point `name@label` at one of the name's versions, in one step. Returns that version.
+
+        `expected` is the digest that the label points at now, or ABSENT; None moves it from wherever it is.
+        Raises AdapterNotFound, LabelMoved when it is elsewhere.
+        """
+        check_label(label)
+        check_digest(digest)
+
+        def move(record: NameRecord) -> NameRecord:
+            record.expect(label, expected)
+            record.digest_of(parse_adapter_id(f"{name}@{digest}"))
+            return record.with_label(label, digest, utc_now())
+
+        return self.version(self._update(name, move), digest)
+
+    def rollback(self, name: str, label: str = DEFAULT_LABEL, *, expected: str | None = None) -> Version:
+        """Point `name@label` where it pointed before its last move; a second rollback undoes the first.
+
+        Raises AdapterNotFound when there is no such version, LabelMoved as `move_label` does.
+        """
+        check_label(label)
+
+        def move(record: NameRecord) -> NameRecord:
+            record.expect(label, expected)
+            return record.rolled_back(label, utc_now())
+
+        record = self._update(name, move)
+        return self.version(record, record.labels[label])
 
     def remove(self, name: str) -> None:
-        """Forget a name. Its versions' files stay: a server may be reading them. Raises AdapterNotFound."""
+        """Forget a name. Its versions' files stay until they are collected. Raises AdapterNotFound."""
         path = self._record_path(name)
         self.record(name)
-        with store_errors(path), locked(self._lock):
+        with store_errors(path), self._files.locked():
             path.unlink(missing_ok=True)
             sync_directory(self._names)
 
-    # Steps of a publication, under the lock
+    def remove_label(self, name: str, label: str) -> None:
+        """Raises AdapterNotFound, AdapterInUse for `latest`, which every name has."""
+        check_label(label)
+        self._update(name, lambda record: record.without_label(label, utc_now()))
 
-    def _commit(self, stage: Path, content: Path, name: str, label: str, digest: str) -> NameRecord:
-        """Put `content` into place and move the label. What needs room on the disk comes before what is seen."""
-        stamp, now = self.stamp(name), utc_now()
-        record = self.record(name) if stamp else None
-        updated = record.with_label(label, digest, now) if record else new_record(name, label, digest, now)
-        if updated is not record:
-            # Each record is later than the one before, so that `stamp` tells them apart though the clock be coarse.
-            modified = max(time.time_ns(), stamp[1] + 1 if stamp else 0)
-            write_file(stage / "record", canonical_json(updated), mtime_ns=modified)
-        destination = self._version_path(digest)
-        is_new = self._place(stage, content, destination)
-        try:
-            sync_directory(self._versions)
+    def remove_version(self, name: str, digest: str) -> None:
+        """Forget one version of a name. Raises AdapterNotFound, AdapterInUse while labels point at it."""
+        check_digest(digest)
+        self._update(name, lambda record: record.without_version(digest))
+
+    def gc(self) -> Collected:
+        """Remove the files of versions that no name has and nobody holds a lease on."""
+        with store_errors(self.root):
+            return self._files.collect(
+                lambda: {digest for name in self.names() for digest in self.record(name).versions}
+            )
+
+    # Steps of a change, under the lock
+
+    def _update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
+        """Replace a name's record by what `change` makes of it. Raises AdapterNotFound, what `change` does."""
+        self.record(name)  # refuse before anything is written
+        with store_errors(self.root), self._files.staged() as stage, self._files.locked():
+            record = self.record(name)
+            updated = change(record)
             if updated is not record:
+                self._write_record(stage, updated)
                 (stage / "record").replace(self._record_path(name))
+                sync_directory(self._names)
+        return updated
+
+    def _commit(self, ready: Prepared, name: str, label: str, expected: str | None) -> NameRecord:
+        """Put a version into place and move the label. What needs room on the disk comes before what is seen."""
+        digest = ready.manifest.digest
+        record = self.record(name) if self.stamp(name) else None
+        updated = published(record, name, label, digest, utc_now(), expected)
+        if updated is not record:
+            self._write_record(ready.stage, updated)
+        is_new = self._files.place(ready.content, digest)
+        try:
+            sync_directory(self._files.directory)
+            if updated is not record:
+                (ready.stage / "record").replace(self._record_path(name))
         except OSError:
             if is_new:
-                destination.rename(content)
+                self._files.path(digest).rename(ready.content)
             raise
         sync_directory(self._names)
         return updated
 
-    def _place(self, stage: Path, content: Path, destination: Path) -> bool:
-        """Move `content` to its place unless an intact copy is there; whether there was none."""
-        is_new = not destination.exists()
-        if not is_new:
-            if self._is_intact(destination):
-                return False
-            destination.rename(stage / "damaged")
-        content.rename(destination)
-        return is_new
-
-    def _is_intact(self, path: Path) -> bool:
-        try:
-            return not damage(path, self._manifest(path))
-        except StoreUnavailable:
-            return False
+    def _write_record(self, stage: Path, record: NameRecord) -> None:
+        # Each record is later than the one before, so that `stamp` tells them apart though the clock be coarse.
+        before = self.stamp(record.name)
+        modified = max(time.time_ns(), before[1] + 1 if before else 0)
+        write_file(stage / "record", canonical_json(record), mtime_ns=modified)
 
     # Paths: made of checked names and digests only
 
     def _record_path(self, name: str) -> Path:
         return self._names / f"{check_name(name)}.json"
-
-    def _version_path(self, digest: str) -> Path:
-        return self._versions / check_digest(digest).replace(":", "-")
-
-    def _manifest(self, path: Path) -> Manifest:
-        file = path / MANIFEST_FILE
-        try:
-            return decode_json(file.read_bytes(), Manifest)
-        except OSError as error:
-            raise store_error(error, file) from error
-        except ValueError as error:
-            raise StoreUnavailable(f"the manifest {file} is damaged: {error}", path=str(file)) from None
 
 
 def default_store_root() -> Path:

@@ -1,7 +1,7 @@
-"""Stops a publication at any of the points where it asks something of the disk.
+"""Stops a change of a store at any of the points where it asks something of the disk.
 
-Run as a script, it publishes again and again, each time killed (SIGKILL) one point later, and checks after
-each that the store holds the old or the new state and that the next publication works.
+Run as a script, it makes each change again and again, each time killed (SIGKILL) one point later, and checks after
+each that the store holds the old or the new state and that the next change works.
 """
 
 import contextlib
@@ -9,12 +9,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from adapters.errors import AdapterNotFound
+from adapters.records import ABSENT, NameRecord
 from adapters.store import AdapterStore
+from adapters.versions import Version
 from tests.adapters.builders import PUBLISH, write_adapter
 
 _POINTS: list[tuple[Any, str]] = [
@@ -23,6 +27,9 @@ _POINTS: list[tuple[Any, str]] = [
     (Path, "mkdir"),
     (Path, "rename"),
     (Path, "replace"),
+    (Path, "unlink"),
+    (os, "unlink"),
+    (os, "rmdir"),
 ]
 
 
@@ -56,24 +63,23 @@ def digest_of(store: AdapterStore, adapter_id: str) -> str | None:
     return version.digest
 
 
-def _publish_and_die(root: Path, source: Path, at: int) -> bool:
-    """Whether the publication came to its end before point `at`."""
+def _die_in(change: Callable[[], object], at: int) -> bool:
+    """Whether the change came to its end before point `at`."""
     child = os.fork()
     if child == 0:
         with interrupted(at, lambda: os.kill(os.getpid(), signal.SIGKILL)):
-            AdapterStore(root).publish(source, "a", **PUBLISH)
+            change()
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
 
-def main(directory: Path) -> None:
-    old, new, other = (write_adapter(directory / str(seed), seed=seed) for seed in range(3))
+def _publications(directory: Path, old: Path, new: Path, other: Path) -> None:
     for before in (None, old):
         at, outcomes = 0, set()
         while True:
             store = AdapterStore(directory / f"store-{before is None}-{at}")
             expected_old = store.publish(before, "a", **PUBLISH).digest if before else None
-            ended = _publish_and_die(store.root, new, at)
+            ended = _die_in(lambda store=store: store.publish(new, "a", **PUBLISH), at)
             found = digest_of(store, "a")
             published = store.publish(other, "b", **PUBLISH)
             assert list((store.root / "staging").iterdir()) == [], "what a dead process left is swept up"
@@ -87,7 +93,95 @@ def main(directory: Path) -> None:
                 break
             at += 1
         assert outcomes == {False, True}
-        print(f"killed at {at} points")
+        print(f"publish: killed at {at} points")
+
+
+def _made(root: Path, sources: list[Path]) -> AdapterStore:
+    """`a` with three versions and the label `old` on the second; the first has no label."""
+    store = AdapterStore(root)
+    for source in sources:
+        store.publish(source, "a", **PUBLISH)
+    digests = store.record("a").versions
+    store.move_label("a", "old", digests[1])
+    return store
+
+
+CHANGES: dict[str, Callable[[AdapterStore, tuple[str, ...]], object]] = {
+    "move_label": lambda store, digests: store.move_label("a", "old", digests[0], expected=digests[1]),
+    "new label": lambda store, digests: store.move_label("a", "new", digests[0], expected=ABSENT),
+    "rollback": lambda store, digests: store.rollback("a"),
+    "remove_label": lambda store, digests: store.remove_label("a", "old"),
+    "remove_version": lambda store, digests: store.remove_version("a", digests[0]),
+    "remove": lambda store, digests: store.remove("a"),
+}
+
+
+def _record_of(store: AdapterStore) -> NameRecord | None:
+    try:
+        return store.record("a")
+    except AdapterNotFound:
+        return None
+
+
+def _without_times(record: NameRecord | None) -> object:
+    return record and replace(record, history=tuple(replace(move, at="") for move in record.history))
+
+
+def _moves(directory: Path, sources: list[Path]) -> None:
+    for kind, change in CHANGES.items():
+        at, outcomes = 0, set()
+        while True:
+            store = _made(directory / f"{kind}-{at}", sources)
+            old = _record_of(store)
+            assert old is not None
+            digests = old.versions
+            ended = _die_in(partial(change, store, digests), at)
+            found = _record_of(store)
+            if found == old:
+                change(store, digests)
+                outcomes.add("old")
+            else:
+                outcomes.add("new")
+                found_again, expected = found, _made(directory / f"{kind}-{at}-expected", sources)
+                change(expected, digests)
+                assert _without_times(found_again) == _without_times(_record_of(expected)), f"{kind} killed at {at}"
+            store.publish(sources[0], "b", **PUBLISH)
+            assert list((store.root / "staging").iterdir()) == []
+            for digest in digests:
+                store.verify(Version("a", digest, store.fetch(digest), (), store.resolve("b").manifest))
+            if ended:
+                break
+            at += 1
+        assert outcomes == {"old", "new"}, kind
+        print(f"{kind}: killed at {at} points")
+
+
+def _collections(directory: Path, sources: list[Path]) -> None:
+    at = 0
+    while True:
+        store = _made(directory / f"gc-{at}", sources)
+        garbage, kept, latest = store.record("a").versions
+        store.remove_version("a", garbage)
+        ended = _die_in(store.gc, at)
+        for adapter_id in ("a", f"a@{kept}"):
+            assert digest_of(store, adapter_id) in (kept, latest)
+        store.gc()
+        assert not (store.root / "versions" / garbage.replace(":", "-")).exists()
+        assert len(list((store.root / "versions").iterdir())) == 2
+        assert list((store.root / "staging").iterdir()) == []
+        assert store.publish(sources[0], "a", **PUBLISH).digest == garbage
+        assert digest_of(store, "a") == garbage
+        if ended:
+            break
+        at += 1
+    print(f"gc: killed at {at} points")
+
+
+def main(directory: Path) -> None:
+    old, new, other = sources = [write_adapter(directory / str(seed), seed=seed) for seed in range(3)]
+    _publications(directory, old, new, other)
+    _moves(directory, sources)
+    _collections(directory, sources)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 from adapters.errors import AdapterError, StoreFull, StoreUnavailable
 from adapters.store import AdapterStore
 from tests.adapters.builders import PUBLISH, config, tensors, write_adapter
-from tests.adapters.interruptions import digest_of, interrupted
+from tests.adapters.interruptions import CHANGES, digest_of, interrupted
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,9 +147,9 @@ def test_killed_at_each_point_the_old_or_the_new_state_is_left(tmp_path: Path) -
     ran = run(ROOT / "tests/adapters/interruptions.py", tmp_path)
     output, _ = ran.communicate(timeout=120)
     assert ran.returncode == 0
-    points = [int(count) for count in re.findall(r"killed at (\d+) points", output)]
-    assert len(points) == 2
-    assert min(points) > 10
+    points = dict(re.findall(r"(.*): killed at (\d+) points", output))
+    assert points.keys() == {"publish", "gc", *CHANGES}
+    assert all(int(count) > (1 if change == "remove" else 5) for change, count in points.items())
 
 
 def publish_two_at_once(store: AdapterStore, mine: Path, other: Path, at: int) -> tuple[str, str | None]:

@@ -1,0 +1,213 @@
+"""Leases and garbage collection: what is held stays, whoever holds it, until it is let go or its holder dies."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from adapters.errors import AdapterNotFound, InvalidAdapterId, StoreUnavailable
+from adapters.layout import read_layout
+from adapters.registry import AdapterRegistry
+from adapters.store import AdapterStore
+from adapters.versions import Version
+from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, write_adapter
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> AdapterStore:
+    return AdapterStore(tmp_path / "store")
+
+
+@pytest.fixture
+def version(store: AdapterStore, tmp_path: Path) -> Version:
+    return store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+
+
+def test_what_no_name_has_is_collected(store: AdapterStore, version: Version, tmp_path: Path) -> None:
+    other = store.publish(write_adapter(tmp_path / "other", seed=1), "a", **PUBLISH)
+    assert store.gc().removed == []
+    store.remove_version("a", version.digest)
+    assert version.path.exists()
+    size = sum(file.stat().st_size for file in version.path.iterdir())
+    collected = store.gc()
+    assert (collected.removed, collected.leased, collected.freed_bytes) == ([version.digest], [], size)
+    assert not version.path.exists()
+    store.verify(store.resolve("a"))
+    assert store.resolve("a").digest == other.digest
+    assert list((store.root / "staging").iterdir()) == []
+    store.remove("a")
+    assert store.gc().removed == [other.digest]
+    assert store.gc().removed == []
+
+
+def test_an_empty_store_has_no_garbage(store: AdapterStore) -> None:
+    assert store.gc().removed == []
+    assert not store.root.exists()
+
+
+def test_what_two_names_have_is_not_garbage_of_one(store: AdapterStore, version: Version, tmp_path: Path) -> None:
+    store.publish(tmp_path / "source", "b", **PUBLISH)
+    store.remove("a")
+    assert store.gc().removed == []
+    store.verify(store.resolve("b"))
+
+
+def test_a_lease_keeps_the_files(store: AdapterStore, version: Version) -> None:
+    first, second = store.lease(version.digest), store.lease(version.digest)
+    store.remove("a")
+    assert store.gc().leased == [version.digest]
+    first.release()
+    first.release()
+    assert store.gc().leased == [version.digest], "the other still holds it"
+    assert len(read_layout(version.path, LINEARS).modules) == 4
+    with second:
+        assert store.gc().removed == []
+    assert store.gc().removed == [version.digest]
+    with pytest.raises(AdapterNotFound, match=f"no version {version.digest}"):
+        store.lease(version.digest)
+    with pytest.raises(InvalidAdapterId):
+        store.lease("sha256:../..")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from adapters.store import AdapterStore
+lease = AdapterStore(Path(sys.argv[1])).lease(sys.argv[2])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, None])
+def test_a_lease_ends_with_its_process_however_that_ends(
+    how: signal.Signals | None, store: AdapterStore, version: Version
+) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, store.root, version.digest],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    store.remove("a")
+    assert store.gc().leased == [version.digest]
+    if how is not None:
+        holder.send_signal(how)
+    holder.communicate(timeout=30)
+    assert store.gc().removed == [version.digest]
+
+
+def test_programs_that_are_started_do_not_inherit_leases(store: AdapterStore, version: Version) -> None:
+    with store.lease(version.digest):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    try:
+        store.remove("a")
+        assert store.gc().removed == [version.digest]
+    finally:
+        child.communicate(b"\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_reader_without_permission_to_write_gets_a_lease(store: AdapterStore, version: Version) -> None:
+    for parent in version.path.parents:
+        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
+            mode = parent.stat().st_mode
+            parent.chmod(mode | 0o555)
+        if parent.name.startswith("pytest-of"):
+            break
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        lease = store.lease(version.digest)
+        os._exit(0 if (version.path / "manifest.json").exists() and lease else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_mending_a_damaged_version_keeps_its_leases(store: AdapterStore, version: Version, tmp_path: Path) -> None:
+    with store.lease(version.digest):
+        weights = version.path / "adapter_model.safetensors"
+        weights.chmod(0o644)
+        weights.write_bytes(b"rot")
+        store.publish(tmp_path / "source", "a", **PUBLISH)
+        store.verify(version)
+        store.remove("a")
+        assert store.gc().leased == [version.digest]
+
+
+def test_a_damaged_record_stops_collection(store: AdapterStore, version: Version) -> None:
+    """What it refers to cannot be told, and must not be taken for garbage."""
+    record = store.root / "names" / "a.json"
+    record.unlink()
+    record.write_text("{")
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        store.gc()
+    assert version.path.exists()
+
+
+def test_what_is_not_a_version_is_left_alone(store: AdapterStore, version: Version) -> None:
+    strays = [version.path.parent / name for name in ("notes.txt", "sha256-xyz")]
+    for stray in strays:
+        stray.write_text("")
+    assert store.gc().removed == []
+    assert all(stray.exists() for stray in strays)
+
+
+def test_acquire_resolves_and_holds(store: AdapterStore, version: Version, tmp_path: Path) -> None:
+    registry = AdapterRegistry(store, BASE_DIGEST)
+    found, lease = registry.acquire("a@latest")
+    assert found == version
+    store.remove("a")
+    with lease:
+        assert store.gc().leased == [version.digest]
+        with registry.lease(version.digest):
+            pass
+    with pytest.raises(AdapterNotFound):
+        registry.acquire("a")
+
+
+def test_leases_while_names_come_and_go(store: AdapterStore, tmp_path: Path) -> None:
+    """Readers take leases and read while two names are removed, collected and published again, over and over."""
+    sources = {name: write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))}
+    for name, source in sources.items():
+        store.publish(source, name, **PUBLISH)
+    registry = AdapterRegistry(store, BASE_DIGEST)
+    done = Event()
+
+    def read(name: str) -> int:
+        reads = 0
+        while not done.is_set():
+            with contextlib.suppress(AdapterNotFound):
+                store.resolve(name)
+                version, lease = registry.acquire(name)
+                with lease:
+                    store.verify(version)
+                    reads += 1
+                    has_read[name].set()
+        return reads
+
+    has_read = {name: Event() for name in sources}
+    removed = 0
+    with ThreadPoolExecutor(len(sources)) as readers:
+        reading = [readers.submit(read, name) for name in sources]
+        try:
+            while removed < 50 or not all(event.is_set() for event in has_read.values()):
+                for name, source in sources.items():
+                    store.remove(name)
+                    removed += len(store.gc().removed)
+                    store.publish(source, name, **PUBLISH)
+                if any(future.done() for future in reading):
+                    break  # one has failed, and says so below
+        finally:
+            done.set()
+        assert all(future.result() for future in reading)
