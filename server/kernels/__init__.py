@@ -6,17 +6,17 @@ faster form exists for a device, the device of the tensors chooses it; a failing
 Shapes use n = tokens of the batch, h = hidden size, d = head size.
 """
 
+from server.kernels.layer import add_rms_norm, rms_norm, rope_and_store, silu_mul
 from server.kernels.linear import PackedLinear, pack_linear
 from server.kernels.memory import reserve
 from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
-from server.kernels.reference.layer import add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
+from server.kernels.reference.layer import rope_table
 from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
 
 __all__ = [
     "PackedLinear",
     "RowRun",
     "add_rms_norm",
-    "apply_rope",
     "head_rows",
     "lora_decode",
     "lora_segment",
@@ -25,6 +25,7 @@ __all__ = [
     "prefill_attention",
     "reserve",
     "rms_norm",
+    "rope_and_store",
     "rope_table",
     "silu_mul",
 ]

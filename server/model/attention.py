@@ -26,8 +26,8 @@ class AttentionChunk:
 class AttentionPlan(Protocol):
     """One step's attention, ready to run for any layer."""
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        """q [n, heads, d], k and v [n, kv_heads, d] (already in the caches [slots, kv_heads, d]) → [n, heads, d]."""
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [n, heads, d] → [n, heads, d]; the caches [slots, kv_heads, d] hold the batch's own K and V already."""
         ...
 
 
@@ -39,10 +39,10 @@ class AttentionBackend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Prefill:
-    """`length` queries over `slots` [keys] under `mask` [length, keys]; None, None: the whole sequence, causal."""
+    """`length` queries over `slots` [keys] under `mask` [length, keys]; None: the whole sequence, causal."""
 
     length: int
-    slots: Tensor | None
+    slots: Tensor
     mask: Tensor | None
 
 
@@ -56,7 +56,7 @@ class TorchAttentionPlan:
     decode_mask: Tensor
     prefills: list[_Prefill]
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         n = self.num_decodes
         if n == len(q):
             return paged_decode_attention(q, k_cache, v_cache, self.decode_rows, self.decode_mask, self.scale)
@@ -65,11 +65,7 @@ class TorchAttentionPlan:
             out[:n] = paged_decode_attention(q[:n], k_cache, v_cache, self.decode_rows, self.decode_mask, self.scale)
         for chunk in self.prefills:
             rows = slice(n, n + chunk.length)
-            keys, values = (
-                (k[rows], v[rows])
-                if chunk.slots is None
-                else (k_cache.index_select(0, chunk.slots), v_cache.index_select(0, chunk.slots))
-            )
+            keys, values = k_cache.index_select(0, chunk.slots), v_cache.index_select(0, chunk.slots)
             out[rows] = prefill_attention(q[rows], keys, values, chunk.mask, self.scale)
             n = rows.stop
         return out
@@ -101,12 +97,12 @@ class TorchAttention:
 
     def _prefill(self, chunk: AttentionChunk) -> _Prefill:
         """Query i of the chunk sees keys up to start + i."""
+        slots = self._slots(torch.tensor([chunk.pages], dtype=torch.int64), chunk.num_keys)[0].to(self._device)
         if chunk.start == 0:
-            return _Prefill(chunk.length, None, None)
-        slots = self._slots(torch.tensor([chunk.pages], dtype=torch.int64), chunk.num_keys)[0]
+            return _Prefill(chunk.length, slots, None)
         queries = torch.arange(chunk.start, chunk.num_keys)
         mask = torch.arange(chunk.num_keys) <= queries[:, None]
-        return _Prefill(chunk.length, slots.to(self._device), mask.to(self._device))
+        return _Prefill(chunk.length, slots, mask.to(self._device))
 
     def _slots(self, tables: Tensor, num_keys: int) -> Tensor:
         """Page tables [n, pages] → cache slots [n, num_keys]."""

@@ -79,8 +79,9 @@ def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerWei
     return LayerWeights(
         input_norm=norm("input_layernorm", spec.hidden_size),
         qkv=linear(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), spec.qkv_bias),
-        q_norm=norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None,
-        k_norm=norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None,
+        qk_norms=(
+            (norm("self_attn.q_norm", spec.head_dim), norm("self_attn.k_norm", spec.head_dim)) if spec.qk_norm else None
+        ),
         o=linear(("self_attn.o_proj",), spec.o_bias),
         post_norm=norm("post_attention_layernorm", spec.hidden_size),
         gate_up=linear(("mlp.gate_proj", "mlp.up_proj"), spec.mlp_bias),

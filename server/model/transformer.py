@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.kernels import PackedLinear, add_rms_norm, apply_rope, rms_norm, rope_table, silu_mul
+from server.kernels import PackedLinear, add_rms_norm, rms_norm, rope_and_store, rope_table, silu_mul
 from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
@@ -15,12 +14,11 @@ from server.model.kv_cache import KVCache
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; q/k/v and gate/up are one product each. Norms are [h], q_norm and k_norm [d] or None."""
+    """One decoder layer; q/k/v and gate/up are one product each. Norms are [h], those of query and key heads [d]."""
 
     input_norm: Tensor
     qkv: PackedLinear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qk_norms: tuple[Tensor, Tensor] | None
     o: PackedLinear
     post_norm: Tensor
     gate_up: PackedLinear
@@ -43,11 +41,7 @@ class ModelWeights:
             total += self.head.num_bytes
         for layer in self.layers:
             total += sum(p.num_bytes for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
-            total += sum(
-                _tensor_bytes(t)
-                for t in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm)
-                if t is not None
-            )
+            total += sum(_tensor_bytes(t) for t in (layer.input_norm, layer.post_norm, *(layer.qk_norms or ())))
         return total
 
 
@@ -87,20 +81,11 @@ class Transformer:
     def _attend(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache
     ) -> Tensor:
-        spec = self.spec
-        heads, kv_heads, d = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        n = x.shape[0]
-        qkv = _linear(layer.qkv, x, batch.lora, "qkv", index).view(n, heads + 2 * kv_heads, d)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split([heads, kv_heads], dim=1)
-            qk = torch.cat([rms_norm(q, layer.q_norm, spec.rms_eps), rms_norm(k, layer.k_norm, spec.rms_eps)], dim=1)
-        q, k = apply_rope(qk, cos, sin).split([heads, kv_heads], dim=1)
+        qkv = _linear(layer.qkv, x, batch.lora, "qkv", index)
         k_cache, v_cache = cache.k[index], cache.v[index]
-        k_cache.index_copy_(0, batch.slots, k)
-        v_cache.index_copy_(0, batch.slots, v)
-        attended = batch.attention.run(q, k, v, k_cache, v_cache)
-        return _linear(layer.o, attended.reshape(n, heads * d), batch.lora, "o", index)
+        q = rope_and_store(qkv, layer.qk_norms, self.spec.rms_eps, cos, sin, batch.slots, k_cache, v_cache)
+        attended = batch.attention.run(q, k_cache, v_cache)
+        return _linear(layer.o, attended.flatten(1), batch.lora, "o", index)
 
 
 def _linear(weight: PackedLinear, x: Tensor, lora: LowRankTerm | None, group: str, layer: int) -> Tensor:

@@ -60,3 +60,31 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up for gate_up [n, 2·i] → [n, i] (SwiGLU, Shazeer 2020, arXiv 2002.05202)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def rope_and_store(
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Rotate queries and keys of qkv [n, (heads + 2 · kv_heads) · d], store K and V, return q [n, heads, d].
+
+    The caches are [num_slots, kv_heads, d]; token i goes to slots[i]. cos, sin [n, 1, d] are its rows of `rope_table`.
+    `norms` are the RMSNorm weights [d] of each query and key head before the rotation (Qwen 3), or None.
+    """
+    kv_heads, d = k_cache.shape[1:]
+    states = qkv.view(qkv.shape[0], -1, d)
+    heads = states.shape[1] - 2 * kv_heads
+    qk, v = states[:, : heads + kv_heads], states[:, heads + kv_heads :]
+    if norms is not None:
+        q, k = qk.split([heads, kv_heads], dim=1)
+        qk = torch.cat([rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)], dim=1)
+    q, k = apply_rope(qk, cos, sin).split([heads, kv_heads], dim=1)
+    k_cache.index_copy_(0, slots, k)
+    v_cache.index_copy_(0, slots, v)
+    return q

@@ -1,0 +1,1 @@
+"""The operations as Triton kernels for CUDA devices. Imported only where a tensor is on one."""
