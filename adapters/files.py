@@ -14,6 +14,12 @@ _COPY_BYTES = 4 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})  # EFBIG: the process's file size limit
 
 
+def user_directory(variable: str, fallback: str) -> Path:
+    """A directory of the XDG base directory specification: what `variable` says, or `fallback` in the home."""
+    said = Path(os.environ.get(variable, ""))
+    return said if said.is_absolute() else Path.home() / fallback  # a relative one is to be ignored, it says
+
+
 def store_error(error: OSError, path: Path, needed: int | None = None) -> AdapterError:
     """What the store says of an OSError at `path`; `needed` is how many bytes were to be written."""
     if error.errno in _FULL:

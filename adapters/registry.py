@@ -1,25 +1,18 @@
-"""The serving process's view of the store: ids to versions, at the cost of one stat a request, and leases on them."""
+"""The serving process's view of the store: ids to versions, at the cost of one stat a request."""
 
-import asyncio
 import base64
 import binascii
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from adapters.errors import AdapterNotFound, BaseMismatch, InvalidAdapterId, InvalidPage, StoreUnavailable
 from adapters.ids import DEFAULT_LABEL, check_name, parse_adapter_id
-from adapters.leases import Lease
 from adapters.records import NameRecord
 from adapters.stores import Stamp, Store
 from adapters.versions import Version
 
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
-_MAX_REMOTE_CALLS = 8
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +40,8 @@ class _Known:
 class AdapterRegistry:
     """Sees a publication from the moment its label has moved. `base_name` only makes messages readable.
 
-    May be used from several threads. Its methods wait for the network if the store is remote; an event loop calls
-    the `_async` ones, which answer at once from a store on disk. Raises StoreUnavailable when the store fails.
+    May be used from several threads. Its methods wait for the network if the store is remote. Raises
+    StoreUnavailable when the store fails.
     """
 
     def __init__(self, store: Store, base_digest: str, base_name: str = "the base being served") -> None:
@@ -56,9 +49,6 @@ class AdapterRegistry:
         self.base_digest = base_digest
         self._base_name = base_name
         self._known: dict[str, _Known] = {}
-        self._executor = (
-            ThreadPoolExecutor(_MAX_REMOTE_CALLS, thread_name_prefix="adapter-store") if store.is_remote else None
-        )
 
     def resolve(self, adapter_id: str) -> Version:
         """The version an id means now. Raises InvalidAdapterId, AdapterNotFound, BaseMismatch."""
@@ -71,32 +61,6 @@ class AdapterRegistry:
                 f"not for {self._base_name} ({self.base_digest})"
             )
         return version
-
-    def acquire(self, adapter_id: str) -> tuple[Version, Lease]:
-        """What `resolve` gives, with its files at `path` until the lease is released, whatever is removed meanwhile.
-
-        The files of a remote version are fetched first. Raises as `resolve` does, and InvalidAdapter when what
-        comes is not what was published.
-        """
-        version = self.resolve(adapter_id)
-        try:
-            return version, self._lease(version.digest)
-        except AdapterNotFound:  # collected between the two: the id may mean another version by now
-            version = self.resolve(adapter_id)
-            return version, self._lease(version.digest)
-
-    def lease(self, digest: str) -> Lease:
-        """A further hold on a version whose files are here. Never waits. Raises AdapterNotFound."""
-        return self.store.lease(digest)
-
-    async def resolve_async(self, adapter_id: str) -> Version:
-        return await self._unblocked(lambda: self.resolve(adapter_id))
-
-    async def acquire_async(self, adapter_id: str) -> tuple[Version, Lease]:
-        return await self._unblocked(lambda: self.acquire(adapter_id), undo=lambda taken: taken[1].release())
-
-    async def list_async(self, page_size: int, page_token: str) -> "tuple[list[AdapterEntry], str]":
-        return await self._unblocked(lambda: self.list(page_size, page_token))
 
     def get(self, name: str) -> AdapterEntry:
         """One name, whatever base it was made for. Raises InvalidAdapterId, AdapterNotFound."""
@@ -122,24 +86,6 @@ class AdapterRegistry:
         names = [name for name in self.store.names() if name > after]
         entries = [entry for name in names[:size] if (entry := self._get_if_there(name))]
         return entries, _encode_token(names[size - 1]) if len(names) > size else ""
-
-    def _lease(self, digest: str) -> Lease:
-        self.store.fetch(digest)
-        return self.store.lease(digest)
-
-    async def _unblocked(self, call: Callable[[], T], undo: Callable[[T], None] | None = None) -> T:
-        """`call` in a thread if it may wait for the network. `undo` is for what nobody is there any more to take."""
-        if self._executor is None:
-            return call()
-        future = self._executor.submit(call)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            if undo is not None:
-                future.add_done_callback(
-                    lambda done: None if done.cancelled() or done.exception() else undo(done.result())
-                )
-            raise
 
     def _get_if_there(self, name: str) -> AdapterEntry | None:
         try:

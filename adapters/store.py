@@ -7,16 +7,16 @@ Any number of processes may read and write at once on one local file system. A p
 leaves the old or the new state; what it was preparing is swept up by the next one that writes.
 """
 
-import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from adapters.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
-from adapters.files import store_error, store_errors, sync_directory, write_file
-from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, is_name, parse_adapter_id
+from adapters.errors import AdapterNotFound, StoreUnavailable
+from adapters.files import store_error, store_errors, sync_directory, user_directory, write_file
+from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, is_name
 from adapters.leases import Lease
 from adapters.manifest import BaseReference, TrainingInfo, canonical_json, decode_json, utc_now
+from adapters.names import Change, NamedVersions
 from adapters.publication import Prepared, PublishOptions, prepared
 from adapters.records import NameRecord, published
 from adapters.validation import Limits
@@ -27,8 +27,8 @@ __all__ = ["AdapterStore", "Version", "default_store_root"]
 Stamp = tuple[int, int, int]
 
 
-class AdapterStore:
-    """Raises StoreUnavailable from any method when the disk fails, InvalidAdapterId for a malformed name or id."""
+class AdapterStore(NamedVersions):
+    """A store in the directory `root`."""
 
     is_remote = False
 
@@ -40,18 +40,6 @@ class AdapterStore:
 
     # Reading
 
-    def resolve(self, adapter_id: str) -> Version:
-        """The version that `name`, `name@label` or `name@sha256:…` means now. Raises AdapterNotFound."""
-        parsed = parse_adapter_id(adapter_id)
-        while True:
-            stamp = self.stamp(parsed.name)
-            record = self.record(parsed.name)
-            try:
-                return self.version(record, record.digest_of(parsed))
-            except StoreUnavailable:
-                if self.stamp(parsed.name) == stamp:
-                    raise  # else it was removed and collected in between: look again
-
     def names(self) -> list[str]:
         """All names, sorted."""
         try:
@@ -61,15 +49,6 @@ class AdapterStore:
         except OSError as error:
             raise store_error(error, self._names) from error
         return sorted(name for file in found if file.endswith(".json") and is_name(name := file.removesuffix(".json")))
-
-    def versions(self, name: str) -> list[Version]:
-        """All versions of a name, the newest first. Raises AdapterNotFound."""
-        record = self.record(name)
-        return [self.version(record, digest) for digest in reversed(record.versions)]
-
-    def labels(self, name: str) -> dict[str, str]:
-        """Label → digest. Raises AdapterNotFound."""
-        return dict(self.record(name).labels)
 
     def record(self, name: str) -> NameRecord:
         """What a name points at. Raises AdapterNotFound."""
@@ -101,11 +80,6 @@ class AdapterStore:
         """A version of a record, with its manifest."""
         manifest = self._files.manifest(digest)
         return Version(record.name, digest, self._files.path(digest), record.labels_of(digest), manifest)
-
-    def verify(self, version: Version) -> None:
-        """Hashes a version's files again. Raises InvalidAdapter that names each file that is not what was published."""
-        if faults := self._files.faults(version.digest):
-            raise InvalidAdapter(f"{version.path} is damaged: {'; '.join(faults)}", faults=faults)
 
     def fetch(self, digest: str) -> Path:
         """The directory of a version's files, which are always here. Raises AdapterNotFound."""
@@ -151,36 +125,6 @@ class AdapterStore:
                 record = self._commit(ready, name, label, expected)
         return self.version(record, ready.manifest.digest)
 
-    def move_label(self, name: str, label: str, digest: str, *, expected: str | None = None) -> Version:
-        """Point `name@label` at one of the name's versions, in one step. Returns that version.
-
-        `expected` is the digest that the label points at now, or ABSENT; None moves it from wherever it is.
-        Raises AdapterNotFound, LabelMoved when it is elsewhere.
-        """
-        check_label(label)
-        check_digest(digest)
-
-        def move(record: NameRecord) -> NameRecord:
-            record.expect(label, expected)
-            record.digest_of(parse_adapter_id(f"{name}@{digest}"))
-            return record.with_label(label, digest, utc_now())
-
-        return self.version(self._update(name, move), digest)
-
-    def rollback(self, name: str, label: str = DEFAULT_LABEL, *, expected: str | None = None) -> Version:
-        """Point `name@label` where it pointed before its last move; a second rollback undoes the first.
-
-        Raises AdapterNotFound when there is no such version, LabelMoved as `move_label` does.
-        """
-        check_label(label)
-
-        def move(record: NameRecord) -> NameRecord:
-            record.expect(label, expected)
-            return record.rolled_back(label, utc_now())
-
-        record = self._update(name, move)
-        return self.version(record, record.labels[label])
-
     def remove(self, name: str) -> None:
         """Forget a name. Its versions' files stay until they are collected. Raises AdapterNotFound."""
         path = self._record_path(name)
@@ -188,16 +132,6 @@ class AdapterStore:
         with store_errors(path), self._files.locked():
             path.unlink(missing_ok=True)
             sync_directory(self._names)
-
-    def remove_label(self, name: str, label: str) -> None:
-        """Raises AdapterNotFound, AdapterInUse for `latest`, which every name has."""
-        check_label(label)
-        self._update(name, lambda record: record.without_label(label, utc_now()))
-
-    def remove_version(self, name: str, digest: str) -> None:
-        """Forget one version of a name. Raises AdapterNotFound, AdapterInUse while labels point at it."""
-        check_digest(digest)
-        self._update(name, lambda record: record.without_version(digest))
 
     def gc(self) -> Collected:
         """Remove the files of versions that no name has and nobody holds a lease on."""
@@ -208,8 +142,7 @@ class AdapterStore:
 
     # Steps of a change, under the lock
 
-    def _update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
-        """Replace a name's record by what `change` makes of it. Raises AdapterNotFound, what `change` does."""
+    def _update(self, name: str, change: Change) -> NameRecord:
         self.record(name)  # refuse before anything is written
         with store_errors(self.root), self._files.staged() as stage, self._files.locked():
             record = self.record(name)
@@ -245,6 +178,9 @@ class AdapterStore:
         modified = max(time.time_ns(), before[1] + 1 if before else 0)
         write_file(stage / "record", canonical_json(record), mtime_ns=modified)
 
+    def _faults(self, digest: str) -> list[str]:
+        return self._files.faults(digest)
+
     # Paths: made of checked names and digests only
 
     def _record_path(self, name: str) -> Path:
@@ -253,7 +189,4 @@ class AdapterStore:
 
 def default_store_root() -> Path:
     """The store in the user's data directory: $XDG_DATA_HOME/lorikeet/adapters, by default under ~/.local/share."""
-    data = Path(os.environ.get("XDG_DATA_HOME", ""))
-    if not data.is_absolute():  # to be ignored then, says the XDG specification
-        data = Path.home() / ".local" / "share"
-    return data / "lorikeet" / "adapters"
+    return user_directory("XDG_DATA_HOME", ".local/share") / "lorikeet" / "adapters"

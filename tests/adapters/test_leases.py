@@ -163,19 +163,6 @@ def test_what_is_not_a_version_is_left_alone(store: AdapterStore, version: Versi
     assert all(stray.exists() for stray in strays)
 
 
-def test_acquire_resolves_and_holds(store: AdapterStore, version: Version, tmp_path: Path) -> None:
-    registry = AdapterRegistry(store, BASE_DIGEST)
-    found, lease = registry.acquire("a@latest")
-    assert found == version
-    store.remove("a")
-    with lease:
-        assert store.gc().leased == [version.digest]
-        with registry.lease(version.digest):
-            pass
-    with pytest.raises(AdapterNotFound):
-        registry.acquire("a")
-
-
 def test_leases_while_names_come_and_go(store: AdapterStore, tmp_path: Path) -> None:
     """Readers take leases and read while two names are removed, collected and published again, over and over."""
     sources = {name: write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b"))}
@@ -189,8 +176,8 @@ def test_leases_while_names_come_and_go(store: AdapterStore, tmp_path: Path) -> 
         while not done.is_set():
             with contextlib.suppress(AdapterNotFound):
                 store.resolve(name)
-                version, lease = registry.acquire(name)
-                with lease:
+                version = registry.resolve(name)
+                with store.lease(version.digest):
                     store.verify(version)
                     reads += 1
                     has_read[name].set()
