@@ -9,7 +9,9 @@ class EngineConfig:
 
     Bytes are bytes, lengths are tokens. `device` is "cpu", "cuda" or "cuda:N"; `dtype` one of "auto" (the
     checkpoint's), "float32", "bfloat16", "float16". `max_batch_tokens` bounds the tokens of one step, and
-    so how long a long prompt can hold up the others; `max_waiting` bounds the queue.
+    so how long a long prompt can hold up the others; `max_waiting` bounds the queue. `adapter_cache_bytes` are for
+    adapters on the device, `host_adapter_bytes` (0: none) for those that leave it, ready to come back without a file.
+    `canary` compares each adapter, when it first comes, with a plain computation from its files.
     """
 
     base_path: str
@@ -23,6 +25,8 @@ class EngineConfig:
     page_size: int = 16
     kv_cache_bytes: int | None = None
     adapter_cache_bytes: int | None = None
+    host_adapter_bytes: int | None = None
+    canary: bool = True
     prefix_caching: bool = True
     num_threads: int | None = None
 

@@ -1,28 +1,37 @@
 """Which adapters are in memory, who holds them, and bringing in those that are not.
 
-Reading, checking and copying happen on a worker thread; the step loop asks `poll()` once a step, which only
-moves entries between states. Rows are taken from adapters without leases, least recently used first. Where leases
-leave too few, the least recently used adapters are *drained*, given no new leases, so that busy adapters cannot
-keep one out for ever; whoever waits for rows first gets them first.
+    request → QUEUED → READING (worker) → WAITING for rows → COPYING, CHECKING (worker) → resident
+                                ↑ from the host tier, without reading
 
-    request → READING (worker) → WAITING for rows → COPYING (worker) → resident
+Reading, checking and copying happen on worker threads; the step loop asks `poll()` once a step, which only moves
+entries between states. Rows come from adapters that nobody leases, claims or pins, least recently used first.
+
+Nobody starves: among those that are read, who was requested first gets rows first. Where leases leave too few, the
+least recently used adapters are *barred*, given no new leases until the first in line has its rows; what runs on
+them goes on to its end. What arrives is *claimed* for the sequences that wait for it: it stays until one of them has
+leased it, or none waits any more. So a load waits at most for the runs of one sequence for each load before it.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
-from adapters.errors import AdapterInUse, AdapterTooLarge, LorikeetError, StoreUnavailable
-from server.engine.messages import AdapterRef, ResidentAdapter
+from adapters.errors import AdapterInUse, AdapterTooLarge, LorikeetError
+from server.engine.host_tier import HostTier
+from server.engine.loading import Arrivals, Loading, Progress, Stage, TierCounters, outcome, timed_load
+from server.engine.messages import AdapterLoad, AdapterRef, ResidentAdapter
+from server.errors import PinRefused
 from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import PackedAdapter
 
-log = logging.getLogger(__name__)
-
 Load = Callable[[Path], PackedAdapter]
+Prove = Callable[[Path, Ranges], None]
+
+NUM_WORKERS = 2  # one slow file does not hold up the others
+MAX_UNDER_WAY = 4  # loads read ahead of their rows: bounds the memory of those that wait for rows
 
 
 @dataclass(slots=True)
@@ -30,53 +39,63 @@ class _Resident:
     ranges: Ranges
     rank: int
     leases: int = 0
-
-
-@dataclass(slots=True)
-class _Loading:
-    """`packed` once read; `ranges` once rows are taken and the copy is under way."""
-
-    work: Future[PackedAdapter] | Future[None]
-    packed: PackedAdapter | None = None
-    ranges: Ranges | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrivals:
-    """What changed since the last poll: digests now resident, and those refused with their error."""
-
-    loaded: list[str] = field(default_factory=list)
-    failed: dict[str, LorikeetError] = field(default_factory=dict)
+    is_claimed: bool = False
+    is_pinned: bool = False
+    is_leaving: bool = False  # unloaded once its leases end
 
 
 class AdapterCache:
-    """Residency of adapters, keyed by digest. All methods belong to the step loop's thread."""
+    """Residency of adapters, keyed by digest. All methods belong to the step loop's thread.
 
-    def __init__(self, pool: AdapterPool, load: Load) -> None:
+    `prove` checks an adapter in its rows before anyone may lease it, once a digest; None checks nothing.
+    """
+
+    def __init__(
+        self,
+        pool: AdapterPool,
+        load: Load,
+        prove: Prove | None = None,
+        host_bytes: int = 0,
+        workers: Executor | None = None,
+    ) -> None:
         self._pool = pool
         self._load = load
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
-        self._loading: dict[str, _Loading] = {}
-        self._draining: set[str] = set()  # resident ones that get no new leases; settled anew by every poll
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-loader")
-        self.num_loads = 0
-        self.num_failures = 0
-        self.num_evictions = 0
+        self._prove = prove
+        self._proven: set[str] = set()
+        self._host = HostTier(host_bytes)
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently leased first
+        self._loading: dict[str, Loading] = {}  # first requested first
+        self._barred: set[str] = set()  # resident ones that get no new leases; settled anew by every poll
+        self._workers = workers or ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="adapter-loader")
+        self.counters = TierCounters()
+
+    # What sequences ask
 
     def request(self, adapter: AdapterRef) -> None:
-        """Begin to load unless resident or under way. Returns at once; the outcome comes from `poll`."""
-        if adapter.digest not in self._resident and adapter.digest not in self._loading:
-            self._loading[adapter.digest] = _Loading(self._worker.submit(self._load, Path(adapter.path)))
+        """A sequence waits for it: begin to load unless resident or under way. The outcome comes from `poll`."""
+        if adapter.digest not in self._resident:
+            self._begin(adapter).is_waited_for = True
 
-    def is_resident(self, digest: str) -> bool:
-        return digest in self._resident
+    def forget(self, digest: str) -> None:
+        """No sequence waits for it any more: it may be evicted, or never come."""
+        if digest in self._resident:
+            self._resident[digest].is_claimed = False
+        elif digest in self._loading:
+            self._loading[digest].is_waited_for = False
+            self._drop_unwanted(digest)
+
+    def is_available(self, digest: str) -> bool:
+        """Whether `acquire` would succeed now."""
+        entry = self._resident.get(digest)
+        return entry is not None and not entry.is_leaving and digest not in self._barred
 
     def acquire(self, digest: str) -> bool:
-        """Take a lease if resident and not draining: a leased adapter is never evicted."""
-        entry = self._resident.get(digest)
-        if entry is None or digest in self._draining:
+        """Take a lease if resident, not leaving and not barred: a leased adapter is never evicted."""
+        if not self.is_available(digest):
             return False
+        entry = self._resident[digest]
         entry.leases += 1
+        entry.is_claimed = False
         self._resident.move_to_end(digest)
         return True
 
@@ -91,113 +110,300 @@ class AdapterCache:
         assert entry.leases > 0, f"{digest} used without a lease"
         return entry.ranges
 
-    def unload(self, digest: str) -> None:
-        """Drop an adapter; absent is fine. Raises AdapterInUse while sequences hold it."""
-        entry = self._resident.get(digest)
-        if entry is None:
+    def count_lookup(self, digest: str) -> None:
+        """A sequence came with this adapter: a hit or a miss of the tiers."""
+        hits, misses = self.counters.hits, self.counters.misses
+        if digest in self._resident:
+            hits["device"] += 1
             return
-        if entry.leases:
-            raise AdapterInUse(f"adapter {digest} is held by {entry.leases} running requests; try again when they end")
-        self._evict(digest)
+        misses["device"] += 1
+        loading = self._loading.get(digest)
+        is_read = digest in self._host or (loading is not None and loading.packed is not None)
+        (hits if is_read else misses)["host"] += 1
+
+    # What calls ask
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._resident
+
+    def load(self, adapter: AdapterRef, pin: bool = False) -> bool:
+        """Make resident, and pin; True if it is so already, else `poll` tells. Raises PinRefused, or AdapterInUse
+        while it is being unloaded."""
+        entry = self._resident.get(adapter.digest)
+        if entry is None:
+            loading = self._begin(adapter)
+            loading.is_called = True
+            loading.pin = loading.pin or pin
+            return False
+        if entry.is_leaving:
+            raise AdapterInUse(f"adapter {adapter.digest} is being unloaded; try again when that has ended")
+        if pin:
+            self._pin(adapter.digest)
+        return True
+
+    def unpin(self, digest: str) -> None:
+        """Let it be evicted again; one that is not pinned, or not here, is fine."""
+        if digest in self._resident:
+            self._resident[digest].is_pinned = False
+        if digest in self._loading:
+            self._loading[digest].pin = False
+
+    def unload(self, digest: str, drain: bool = False) -> bool:
+        """Drop an adapter from every tier, a load that was called for too; absent is fine. While sequences hold it:
+        False with `drain`, it is given to no further one and `poll` tells when it is gone; else AdapterInUse, as for
+        one that is being loaded for sequences."""
+        loading, entry = self._loading.get(digest), self._resident.get(digest)
+        if loading is not None:
+            if loading.is_waited_for:
+                raise AdapterInUse(f"adapter {digest} is being loaded for waiting requests; try again when they run")
+            loading.is_called, loading.is_dropped = False, True
+            self._drop_unwanted(digest)
+        if entry is not None and (entry.leases or entry.is_claimed) and not drain:
+            raise AdapterInUse(
+                f"adapter {digest} is held by {entry.leases} running requests and wanted by those that wait; "
+                "try again when they end, or drain it"
+            )
+        if entry is not None and entry.leases:
+            entry.is_leaving, entry.is_pinned = True, False
+            return False
+        self._remove(digest)
+        return True
+
+    # What the step loop asks
 
     @property
     def is_loading(self) -> bool:
-        return bool(self._loading)
+        """Whether `poll` is expected to bring something about."""
+        return bool(self._loading) or bool(self._barred) or any(e.is_leaving for e in self._resident.values())
 
     def poll(self) -> Arrivals:
-        """Advance every load whose work is done. What arrives is still there when this returns: rows are taken for
-        others before, not after, or adapters that wait for each other's rows could evict each other for ever."""
+        """Advance every load and unload whose work is done."""
         arrivals = Arrivals()
-        self._draining.clear()
-        for digest, loading in sorted(self._loading.items(), key=lambda item: item[1].ranges is not None):
-            try:
-                done = self._advance(digest, loading)
-            except LorikeetError as error:
-                arrivals.failed[digest] = error
-            else:
-                if done:
-                    arrivals.loaded.append(digest)
-                    self.num_loads += 1
-                continue
-            del self._loading[digest]
-            self.num_failures += 1
+        self._barred.clear()
+        arrivals.unloaded.extend(d for d, e in list(self._resident.items()) if e.is_leaving and not e.leases)
+        for digest in arrivals.unloaded:
+            self._remove(digest)
+        self._for_each(Stage.READING, self._take_read, arrivals)
+        self._for_each(Stage.WAITING, self._take_rows, arrivals)
+        self._for_each(Stage.COPYING, self._arrive, arrivals)
+        self._start_queued()
+        for digest, loading in self._loading.items():
+            stage = loading.stage
+            if loading.is_called and stage is not loading.told:
+                loading.told = stage
+                size = 0 if loading.packed is None else loading.packed.num_bytes
+                arrivals.progress.append(Progress(digest, stage, size))
         return arrivals
 
     def snapshot(self) -> list[ResidentAdapter]:
-        return [
-            ResidentAdapter(digest, "device", self._pool.rows_for(entry.rank) * self._pool.row_bytes, entry.leases)
+        """Those in the host tier, then those on the device."""
+        held = [ResidentAdapter(digest, "host", packed.num_bytes, 0) for digest, packed in self._host]
+        return held + [
+            ResidentAdapter(digest, "device", self._num_bytes(entry.rank), entry.leases, entry.is_pinned)
             for digest, entry in self._resident.items()
         ]
 
+    @property
+    def evictions(self) -> dict[str, int]:
+        return {"host": self._host.num_evictions, "device": self.counters.device_evictions}
+
+    @property
+    def used_bytes(self) -> dict[str, int]:
+        device = sum(self._num_bytes(entry.rank) for entry in self._resident.values())
+        return {"host": self._host.used_bytes, "device": device}
+
+    def take_load_times(self) -> list[AdapterLoad]:
+        """What was loaded since this was last called."""
+        taken, self.counters.load_times = self.counters.load_times, []
+        return taken
+
     def close(self) -> None:
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        """Begin no more work; what is under way ends by itself."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
 
     def check_integrity(self) -> None:
-        """Every row is free or belongs to exactly one adapter."""
+        """Every row is free or belongs to exactly one adapter, and every adapter is in one state."""
         held = [entry.ranges for entry in self._resident.values()]
         held += [loading.ranges for loading in self._loading.values() if loading.ranges is not None]
         rows = [row for ranges in held for start, stop in ranges for row in range(start, stop)]
         assert len(rows) == len(set(rows)), "two adapters share a row"
         taken = sum(self._pool.rows_for(sum(stop - start for start, stop in ranges)) for ranges in held)
         assert taken + self._pool.num_free_rows == self._pool.num_rows, "rows leaked"
+        assert not self._resident.keys() & self._loading.keys(), "an adapter is loaded twice"
+        assert all(entry.leases >= 0 for entry in self._resident.values()), "a lease was given back twice"
+        assert self._num_under_way() <= MAX_UNDER_WAY, "too much is read ahead"
+        self._host.check_integrity()
 
-    def _advance(self, digest: str, loading: _Loading) -> bool:
-        """True once resident. Raises what refused the adapter."""
-        if not loading.work.done():
-            return False
-        if loading.packed is None:
-            loading.packed = _outcome(loading.work, digest)
-            assert loading.packed is not None, "reading gave no adapter"
-        if loading.ranges is None:
-            loading.ranges = self._allocate(loading.packed.rank, digest)
-            if loading.ranges is not None:
-                loading.work = self._worker.submit(self._pool.write, loading.ranges, loading.packed)
-            return False
-        _outcome(loading.work, digest)
-        del self._loading[digest]
-        self._resident[digest] = _Resident(loading.ranges, loading.packed.rank)
+    # A load goes on
+
+    def _begin(self, adapter: AdapterRef) -> Loading:
+        loading = self._loading.get(adapter.digest)
+        if loading is None:
+            loading = self._loading[adapter.digest] = Loading(adapter, packed=self._host.get(adapter.digest))
+            if loading.packed is not None:
+                loading.stage = Stage.WAITING
+            self._start_queued()
+        loading.is_dropped = False
+        return loading
+
+    def _num_under_way(self) -> int:
+        return sum(loading.reading is not None for loading in self._loading.values())
+
+    def _start_queued(self) -> None:
+        free = MAX_UNDER_WAY - self._num_under_way()
+        for loading in self._loading.values():
+            if free <= 0:
+                break
+            if loading.stage is Stage.QUEUED:
+                loading.stage = Stage.READING
+                loading.reading = self._workers.submit(timed_load, self._load, Path(loading.adapter.path))
+                free -= 1
+
+    def _for_each(self, stage: Stage, advance: Callable[[str, Loading, Arrivals], bool], arrivals: Arrivals) -> None:
+        """Advance the loads of a stage, first requested first, until one says False."""
+        for digest, loading in list(self._loading.items()):
+            # The worker's own change from COPYING to CHECKING is no change here.
+            if loading.stage is not stage and not (stage is Stage.COPYING and loading.stage is Stage.CHECKING):
+                continue
+            try:
+                if not advance(digest, loading, arrivals):
+                    break
+            except LorikeetError as error:
+                self._abandon(digest)
+                self._host.drop(digest)
+                arrivals.failed[digest] = error
+                self.counters.failures += 1
+
+    def _take_read(self, digest: str, loading: Loading, arrivals: Arrivals) -> bool:
+        assert loading.reading is not None, "it is being read"
+        if loading.reading.done():
+            loading.packed, seconds = outcome(loading.reading, digest)
+            loading.stage = Stage.WAITING
+            if not loading.is_dropped:
+                self._host.put(digest, loading.packed)
+            self._count("disk", "host", seconds)
+            self._drop_unwanted(digest)
         return True
 
+    def _take_rows(self, digest: str, loading: Loading, arrivals: Arrivals) -> bool:
+        """False while it must wait for rows, and with it all that were requested later."""
+        packed = loading.packed
+        assert packed is not None, "it is read"
+        loading.ranges = self._allocate(packed.rank, digest)
+        if loading.ranges is None:
+            return False
+        loading.stage = Stage.COPYING
+        loading.copying = self._workers.submit(self._bring, loading, packed, loading.ranges)
+        return True
+
+    def _arrive(self, digest: str, loading: Loading, arrivals: Arrivals) -> bool:
+        assert loading.copying is not None, "it is being copied"
+        if not loading.copying.done():
+            return True
+        self._count("host", "device", outcome(loading.copying, digest))
+        assert loading.packed is not None, "it is read"
+        assert loading.ranges is not None, "it has rows"
+        self._proven.add(digest)
+        if loading.is_dropped:
+            self._abandon(digest)
+            return True
+        del self._loading[digest]
+        self._resident[digest] = _Resident(loading.ranges, loading.packed.rank, is_claimed=loading.is_waited_for)
+        arrivals.loaded.append(digest)
+        if loading.pin:
+            try:
+                self._pin(digest)
+            except PinRefused as error:
+                arrivals.unpinned[digest] = error
+        return True
+
+    def _bring(self, loading: Loading, packed: PackedAdapter, ranges: Ranges) -> float:
+        """On a worker: copy, and check if it was never checked. The seconds it took."""
+        began = perf_counter()
+        self._pool.write(ranges, packed)
+        if self._prove is not None and loading.adapter.digest not in self._proven:
+            loading.stage = Stage.CHECKING
+            self._prove(Path(loading.adapter.path), ranges)
+        return perf_counter() - began
+
+    def _drop_unwanted(self, digest: str) -> None:
+        """End a load that nobody waits for, unless it is at its last stage or on a worker that cannot be stopped."""
+        loading = self._loading[digest]
+        if not loading.is_wanted and (
+            loading.stage in (Stage.QUEUED, Stage.WAITING)
+            or (loading.stage is Stage.READING and loading.reading is not None and loading.reading.cancel())
+        ):
+            self._abandon(digest)
+
+    def _abandon(self, digest: str) -> None:
+        loading = self._loading.pop(digest)
+        if loading.ranges is not None:
+            self._pool.free(loading.ranges)
+
+    def _count(self, tier_from: str, tier_to: str, seconds: float) -> None:
+        self.counters.loads[tier_to] += 1
+        self.counters.load_times.append(AdapterLoad(tier_from, tier_to, seconds))
+
+    # Rows
+
     def _allocate(self, rank: int, digest: str) -> Ranges | None:
-        """Rows, evicting what nobody holds; None while those that are held leave too little, and are drained for
-        this one, or while an earlier one waits for rows."""
+        """Rows, evicting what nobody holds; None while too few can be had, and are kept from new leases for it."""
         needed = self._pool.rows_for(rank)
-        if needed > self._pool.num_rows:
+        pinned = sum(self._pool.rows_for(entry.rank) for entry in self._resident.values() if entry.is_pinned)
+        if needed > self._pool.num_rows - pinned:
+            row_bytes = self._pool.row_bytes
+            also = f", {pinned * row_bytes} of them are pinned" if pinned else ""
             raise AdapterTooLarge(
-                f"adapter {digest} of rank {rank} needs {needed * self._pool.row_bytes} bytes; "
-                f"{self._pool.num_rows * self._pool.row_bytes} are set aside for adapters (--adapter-memory)"
+                f"adapter {digest} of rank {rank} needs {needed * row_bytes} bytes; "
+                f"{self._pool.num_rows * row_bytes} are set aside for adapters (--adapter-memory){also}"
             )
-        if self._draining:
-            return None
-        idle = [name for name, entry in self._resident.items() if not entry.leases]
+        idle = [d for d, e in self._resident.items() if not (e.leases or e.is_claimed or e.is_pinned)]
         reclaimable = sum(self._pool.rows_for(self._resident[name].rank) for name in idle)
         if self._pool.num_free_rows + reclaimable < needed:
-            self._drain(needed - self._pool.num_free_rows)
+            self._bar(needed - self._pool.num_free_rows)
             return None
         for name in idle:
             if self._pool.num_free_rows >= needed:
                 break
             self._evict(name)
-            self.num_evictions += 1
         return self._pool.allocate(rank)
 
-    def _drain(self, num_rows: int) -> None:
+    def _bar(self, num_rows: int) -> None:
         """Give no new leases on the least recently used adapters that have so many rows together."""
         for digest, entry in self._resident.items():
             if num_rows <= 0:
                 break
-            self._draining.add(digest)
-            num_rows -= self._pool.rows_for(entry.rank)
+            if not (entry.is_claimed or entry.is_pinned):
+                self._barred.add(digest)
+                num_rows -= self._pool.rows_for(entry.rank)
 
     def _evict(self, digest: str) -> None:
         self._pool.free(self._resident.pop(digest).ranges)
+        self._host.touch(digest)
+        self.counters.device_evictions += 1
 
+    def _remove(self, digest: str) -> None:
+        """Take an adapter out of both tiers; absent is fine."""
+        entry = self._resident.pop(digest, None)
+        if entry is not None:
+            self._pool.free(entry.ranges)
+        self._barred.discard(digest)
+        self._host.drop(digest)
 
-def _outcome(work: Future[PackedAdapter] | Future[None], digest: str) -> PackedAdapter | None:
-    """The worker's result; an error that is not ours becomes one that names the adapter."""
-    try:
-        return work.result()
-    except LorikeetError:
-        raise
-    except OSError as error:
-        raise StoreUnavailable(f"adapter {digest} cannot be read: {error}", retry_after=1.0) from error
+    def _pin(self, digest: str) -> None:
+        """Raises PinRefused unless rows are left for another adapter as large as the largest in memory."""
+        entry = self._resident[digest]
+        ranks = [e.rank for e in self._resident.values()] + [packed.rank for _, packed in self._host]
+        ranks += [loading.packed.rank for loading in self._loading.values() if loading.packed is not None]
+        largest = max(self._pool.rows_for(rank) for rank in ranks)
+        others = sum(self._pool.rows_for(e.rank) for e in self._resident.values() if e.is_pinned and e is not entry)
+        left = self._pool.num_rows - others - self._pool.rows_for(entry.rank)
+        if left < largest:
+            raise PinRefused(
+                f"adapter {digest} cannot be pinned: {left * self._pool.row_bytes} bytes would be left for those that "
+                f"are not, the largest takes {largest * self._pool.row_bytes}; unpin another or raise --adapter-memory"
+            )
+        entry.is_pinned = True
+
+    def _num_bytes(self, rank: int) -> int:
+        return self._pool.rows_for(rank) * self._pool.row_bytes

@@ -2,14 +2,19 @@
 
 import json
 import logging
+import os
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from server.base.spec import ModelSpec
 from server.config import EngineConfig
-from server.engine.adapter_cache import AdapterCache
+from server.engine.adapter_cache import NUM_WORKERS, AdapterCache
+from server.engine.canary import Canary
 from server.engine.engine import Channel, Engine
 from server.engine.messages import Ready
 from server.engine.pages import PageManager
@@ -27,6 +32,7 @@ from server.model.transformer import Transformer
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
+LOADER_NICENESS = 5
 
 
 def build_engine(
@@ -50,7 +56,14 @@ def build_engine(
     num_pages = _num_pages(config, spec, dtype, device, available)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
     cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
-    adapters = AdapterCache(pool, lambda path: load_adapter(path, spec, dtype))
+    model = Transformer(spec, weights, max_model_len)
+    adapters = AdapterCache(
+        pool,
+        lambda path: load_adapter(path, spec, dtype, pin=device.type == "cuda"),
+        prove=Canary(model, pool, max_model_len).check if config.canary else None,
+        host_bytes=_host_adapter_bytes(config, device),
+        workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
+    )
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
     max_batch_tokens = config.max_batch_tokens or max(256 if device.type == "cpu" else 4096, config.max_num_seqs)
     if max_batch_tokens < config.max_num_seqs:
@@ -68,7 +81,7 @@ def build_engine(
         eos_token_ids=eos_token_ids(directory, raw),
     )
     runner = Runner(
-        model=Transformer(spec, weights, max_model_len),
+        model=model,
         cache=cache,
         attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device),
         sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
@@ -156,6 +169,22 @@ def _adapter_bytes(config: EngineConfig, available: int, device: torch.device) -
     if config.adapter_cache_bytes is not None:
         return config.adapter_cache_bytes
     return min(available // 10, GIB) if device.type == "cpu" else available // 10
+
+
+def _host_adapter_bytes(config: EngineConfig, device: torch.device) -> int:
+    """On a CPU the device's tier is the same memory: what is kept twice there only saves reading and checking."""
+    if config.host_adapter_bytes is not None:
+        return config.host_adapter_bytes
+    available = _available_bytes(torch.device("cpu"))
+    return min(available // 40, GIB // 4) if device.type == "cpu" else min(available // 8, 16 * GIB)
+
+
+def _yield_to_the_loop() -> None:
+    """Begin a loader's thread: one core, and the step loop's threads before it. Threads that have run torch keep
+    their own number of cores."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # elsewhere niceness is the whole process's
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
 
 
 def _available_bytes(device: torch.device) -> int:

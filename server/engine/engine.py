@@ -6,15 +6,17 @@ Must hold neither tensors nor queues of its own: sequences are the scheduler's, 
 import logging
 import os
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from typing import Protocol
+
+import msgspec
 
 from adapters.errors import InvalidAdapter, LorikeetError
 from server.engine.adapter_cache import AdapterCache
 from server.engine.messages import (
-    AdapterRef,
     CallDone,
+    CallProgress,
     Cancel,
     ErrorPayload,
     LoadAdapter,
@@ -27,17 +29,19 @@ from server.engine.messages import (
     ToEngine,
     ToFrontend,
     UnloadAdapter,
+    UnpinAdapter,
 )
 from server.engine.pages import PageManager
 from server.engine.plan import Plan
 from server.engine.runner import Runner, StepHandle
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
+from server.errors import LoadCancelled
 
 log = logging.getLogger(__name__)
 
 IDLE_WAIT = 0.5  # seconds between looks at the parent process and the statistics
-LOADING_WAIT = 0.002  # seconds between looks at an adapter that is on its way while nothing else runs
+LOADING_WAIT = 0.001  # seconds between looks at an adapter that is on its way while nothing else runs
 
 
 class Channel(Protocol):
@@ -72,7 +76,8 @@ class Engine:
         self._memory = memory
         self._overlap = overlap
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
-        self._load_calls: dict[str, list[str]] = {}  # digest → calls that wait for it
+        self._load_calls: defaultdict[str, list[str]] = defaultdict(list)  # digest → calls that wait for it
+        self._unload_calls: defaultdict[str, list[str]] = defaultdict(list)
         self._stopping = False
         self.is_busy = False  # else the last step found nothing to run, and only a message or an adapter changes that
         self._last_stats: Stats | None = None
@@ -110,13 +115,18 @@ class Engine:
             case Cancel():
                 self._scheduler.cancel(message.request_id)
             case LoadAdapter():
-                self._load(message.call_id, message.adapter)
+                self._load(message)
             case UnloadAdapter():
                 self._unload(message)
+            case UnpinAdapter():
+                self._adapters.unpin(message.digest)
+                self._end_calls([message.call_id])
             case Shutdown():
                 self._stopping = True
 
     def _submit(self, message: Submit) -> None:
+        if message.adapter is not None:
+            self._adapters.count_lookup(message.adapter.digest)
         try:
             self._scheduler.add(
                 Sequence(
@@ -131,38 +141,56 @@ class Engine:
         except LorikeetError as error:
             self._channel.send(RequestFailed(message.request_id, error_payload(error)))
 
-    def _load(self, call_id: str, adapter: AdapterRef) -> None:
-        if self._adapters.is_resident(adapter.digest):
-            self._channel.send(CallDone(call_id))
+    def _load(self, message: LoadAdapter) -> None:
+        try:
+            is_resident = self._adapters.load(message.adapter, message.pin)
+        except LorikeetError as error:
+            self._end_calls([message.call_id], error)
             return
-        self._load_calls.setdefault(adapter.digest, []).append(call_id)
-        self._adapters.request(adapter)
+        if is_resident:
+            self._end_calls([message.call_id])
+        else:
+            self._load_calls[message.adapter.digest].append(message.call_id)
 
     def _unload(self, message: UnloadAdapter) -> None:
+        digest = message.digest
         try:
-            self._adapters.unload(message.digest)
+            is_gone = self._adapters.unload(digest, message.drain)
         except LorikeetError as error:
-            self._channel.send(CallDone(message.call_id, error_payload(error)))
+            self._end_calls([message.call_id], error)
+            return
+        cancelled = LoadCancelled(f"adapter {digest} was unloaded while it was being loaded")
+        self._end_calls(self._load_calls.pop(digest, []), cancelled)
+        if is_gone:
+            self._end_calls([message.call_id])
         else:
-            self._report()  # first, so that whoever hears of the end of the call finds the adapter gone
-            self._channel.send(CallDone(message.call_id))
+            self._unload_calls[digest].append(message.call_id)
+            self._channel.send(CallProgress(message.call_id, "draining"))
+
+    def _end_calls(self, call_ids: list[str], error: LorikeetError | None = None) -> None:
+        if call_ids:
+            self._report()  # first, so that whoever hears of the end of a call finds what it changed
+        for call_id in call_ids:
+            self._channel.send(CallDone(call_id, None if error is None else error_payload(error)))
 
     def _poll_adapters(self) -> None:
         if not self._adapters.is_loading:
             return
         arrivals = self._adapters.poll()
+        for progress in arrivals.progress:
+            for call_id in self._load_calls.get(progress.digest, ()):
+                self._channel.send(CallProgress(call_id, progress.stage, 0, progress.num_bytes))
         if arrivals.loaded:
             self._report()
         for digest in arrivals.loaded:
-            for call_id in self._load_calls.pop(digest, ()):
-                self._channel.send(CallDone(call_id))
+            self._end_calls(self._load_calls.pop(digest, []), arrivals.unpinned.get(digest))
+        for digest in arrivals.unloaded:
+            self._end_calls(self._unload_calls.pop(digest, []))
         for digest, error in arrivals.failed.items():
             log.warning("adapter %s refused: %s", digest, error)
-            payload = error_payload(error)
-            for call_id in self._load_calls.pop(digest, ()):
-                self._channel.send(CallDone(call_id, payload))
+            self._end_calls(self._load_calls.pop(digest, []), error)
             for request_id in self._scheduler.fail_adapter(digest):
-                self._channel.send(RequestFailed(request_id, payload))
+                self._channel.send(RequestFailed(request_id, error_payload(error)))
 
     def _wait(self) -> float:
         if self.is_busy:
@@ -176,13 +204,14 @@ class Engine:
     def _report(self) -> None:
         """Send the statistics if they have changed."""
         self._stats_due = time.monotonic() + IDLE_WAIT
-        stats = self.stats()
-        if stats != self._last_stats:
+        stats, load_times = self.stats(), self._adapters.take_load_times()
+        if stats != self._last_stats or load_times:
             self._last_stats = stats
-            self._channel.send(stats)
+            self._channel.send(msgspec.structs.replace(stats, adapter_load_times=load_times))
 
     def stats(self) -> Stats:
-        scheduler, pages = self._scheduler, self._pages
+        """All but the times of loads, which are told once."""
+        scheduler, pages, counters = self._scheduler, self._pages, self._adapters.counters
         return Stats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
@@ -193,9 +222,13 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             preemptions=scheduler.preemptions,
-            adapter_loads={"device": self._adapters.num_loads},
-            adapter_load_failures=self._adapters.num_failures,
-            adapter_evictions={"device": self._adapters.num_evictions},
+            adapter_load_failures=counters.failures,
+            adapter_loads=dict(counters.loads),
+            adapter_hits=dict(counters.hits),
+            adapter_misses=dict(counters.misses),
+            adapter_evictions=self._adapters.evictions,
+            adapter_bytes=self._adapters.used_bytes,
+            waiting_by_adapter=scheduler.waiting_by_adapter,
         )
 
     def check_integrity(self) -> None:

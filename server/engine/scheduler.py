@@ -76,6 +76,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def waiting_by_adapter(self) -> dict[str, int]:
+        """Waiting sequences by digest, without the base's."""
+        return {digest: length for digest, length in self._waiting.lengths().items() if digest}
+
+    @property
     def has_work(self) -> bool:
         """Whether anything is left to schedule or commit, though it may be waiting for an adapter now."""
         return bool(self._by_id or self._uncommitted)
@@ -191,15 +196,16 @@ class Scheduler:
         if not self._waiting or not budget or not self._free_rows:
             return admitted
         for seq in self._waiting.turns():
-            if seq.adapter is not None and not self._adapters.acquire(seq.digest):
+            if seq.adapter is not None and not self._adapters.is_available(seq.digest):
                 self._missing.add(seq.adapter, now)
                 continue
             # Each running sequence will soon want a page: leave it one, rather than preempt right away.
             num_cached = self._pages.allocate(seq, headroom=len(self._running))
             if num_cached is None:
-                if seq.adapter is not None:
-                    self._adapters.release(seq.digest)
                 break
+            if seq.adapter is not None:
+                leased = self._adapters.acquire(seq.digest)
+                assert leased, f"adapter {seq.digest} was available"
             self._admit(seq, num_cached, now)
             admitted.append(seq)
             length = min(seq.num_tokens - seq.num_computed, budget)

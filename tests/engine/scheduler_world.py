@@ -53,6 +53,12 @@ class FakeAdapters:
         if adapter.digest not in self.resident:
             self.loading.add(adapter.digest)
 
+    def forget(self, digest: str) -> None:
+        """A load goes on though none waits for it."""
+
+    def is_available(self, digest: str) -> bool:
+        return digest in self.resident
+
     def acquire(self, digest: str) -> bool:
         if digest not in self.resident:
             return False

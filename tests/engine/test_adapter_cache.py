@@ -105,6 +105,7 @@ def test_a_large_adapter_is_not_passed_for_ever_by_small_ones() -> None:
         assert cache.poll().loaded == [], "the rows that come free are the large one's"
     cache.release("sha256:b")
     poll_until(cache, lambda loaded: loaded == [ref(LARGE).digest])
+    cache.forget(ref(LARGE).digest)
     poll_until(cache, lambda loaded: loaded == ["sha256:c"])
     cache.close()
 
