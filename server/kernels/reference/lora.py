@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from server.kernels.lora_blocks import LoraBlocks
+
 
 class RowRun(NamedTuple):
     """Pool rows [start, stop) and foreign [n, 1, stop − start]: which of them are not of each token's adapter."""
@@ -52,6 +54,27 @@ def lora_segment(
     for start, stop in rows:
         h = (x @ a[start:stop].reshape((stop - start) * num_slices, -1).t()).view(-1, stop - start, num_slices)
         _expand(y, h.transpose(1, 2), [weight[start:stop] for weight in b], widths)
+
+
+def lora_add(
+    y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, widths: Sequence[int], scratch: Tensor
+) -> None:
+    """The same for tokens grouped in `blocks`, the form that GPUs take: y [n, sum(widths)] in place, x [n, in].
+
+    Semantics, for each block, its tokens t, its adapter's pool rows r and each slice s:
+        y[t, slice s] += (x[t] @ a[r, s].T) @ b[s][r]
+    `scratch` is for kernels that pass the inner product through memory; it is not used here.
+    """
+    tables = (blocks.start, blocks.length, blocks.first_row, blocks.rank)
+    for start, length, first_row, rank in zip(*(table.tolist() for table in tables), strict=True):
+        if length == 0:
+            continue
+        token = blocks.token_index[start : start + length]
+        row = blocks.row_index[first_row : first_row + rank]
+        part = y[token]
+        h = (x[token] @ a[row].flatten(0, 1).t()).view(length, rank, -1)
+        _expand(part, h.transpose(1, 2), [weight[row] for weight in b], widths)
+        y[token] = part
 
 
 def _expand(y: Tensor, h: Tensor, b: Sequence[Tensor], widths: Sequence[int]) -> None:

@@ -1,0 +1,125 @@
+"""Tokens of a step grouped by adapter, as the GPU's low-rank kernels want them.
+
+The tables lie in one int32 buffer of fixed layout: a step fills it on the host and makes one copy to the device,
+and a CUDA graph captured over the device's copy serves every batch that fits the same shape.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Ranges = tuple[tuple[int, int], ...]
+Int32Array = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBlocks:
+    """Block i is tokens token_index[start[i] : start[i] + length[i]], at most `block_tokens`, all of one adapter,
+    whose pool rows are row_index[first_row[i] : first_row[i] + rank[i]]. A block of length 0 does nothing.
+
+    A token is in one block or, if it has no adapter, in none. Ranks are at most `max_rank`.
+    """
+
+    token_index: Tensor  # [tokens] int32
+    start: Tensor  # [num_blocks] int32, like the next three
+    length: Tensor
+    first_row: Tensor
+    rank: Tensor
+    row_index: Tensor  # [rows] int32
+    block_tokens: int
+    num_blocks: int
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBlocksShape:
+    """How much a set of tables holds, and where each lies in the packed buffer."""
+
+    tokens: int
+    rows: int
+    blocks: int
+    block_tokens: int
+    max_rank: int
+
+    @property
+    def size(self) -> int:
+        """Of the packed buffer, in int32 words."""
+        return 4 * self.blocks + self.tokens + self.rows
+
+    def view(self, packed: Tensor) -> LoraBlocks:
+        """The tables in `packed` [size] int32, on any device, without a copy."""
+        assert packed.shape == (self.size,), f"{tuple(packed.shape)} words for tables of {self.size}"
+        start, length, first_row, rank, token_index, row_index = packed.split(
+            [self.blocks] * 4 + [self.tokens, self.rows]
+        )
+        return LoraBlocks(
+            token_index, start, length, first_row, rank, row_index, self.block_tokens, self.blocks, self.max_rank
+        )
+
+    def fill(self, packed: Int32Array, lengths: Sequence[int], rows: Sequence[Ranges | None]) -> int:
+        """Write the tables of a batch into `packed` [size] and return how many blocks they take.
+
+        The batch is `lengths[i]` tokens, one span after another, with the adapter that owns the pool rows `rows[i]`;
+        None is the base. Blocks not taken get length 0.
+        """
+        assert packed.shape == (self.size,), f"{packed.shape} words for tables of {self.size}"
+        groups: dict[Ranges, list[tuple[int, int]]] = {}
+        first = 0
+        for length, ranges in zip(lengths, rows, strict=True):
+            if ranges is not None:
+                groups.setdefault(ranges, []).append((first, length))
+            first += length
+        token_index = packed[4 * self.blocks : 4 * self.blocks + self.tokens]
+        row_index = packed[4 * self.blocks + self.tokens :]
+        table: list[tuple[int, int, int, int]] = []
+        num_tokens = num_rows = 0
+        for ranges, pieces in groups.items():
+            rank = _write_ranges(row_index, num_rows, ranges)
+            assert rank <= self.max_rank, f"rank {rank} in tables for {self.max_rank}"
+            begin = num_tokens
+            num_tokens = _write_tokens(token_index, begin, pieces)
+            table.extend(
+                (start, min(self.block_tokens, num_tokens - start), num_rows, rank)
+                for start in range(begin, num_tokens, self.block_tokens)
+            )
+            num_rows += rank
+        assert len(table) <= self.blocks, f"{len(table)} blocks in tables for {self.blocks}"
+        columns = packed[: 4 * self.blocks].reshape(4, self.blocks)
+        columns[1] = 0
+        if table:
+            columns[:, : len(table)] = np.array(table, dtype=np.int32).T
+        return len(table)
+
+
+def count_blocks(lengths: Sequence[int], rows: Sequence[Ranges | None], block_tokens: int) -> int:
+    """How many blocks `fill` would take for the batch."""
+    tokens: dict[Ranges, int] = {}
+    for length, ranges in zip(lengths, rows, strict=True):
+        if ranges is not None:
+            tokens[ranges] = tokens.get(ranges, 0) + length
+    return sum(-(-count // block_tokens) for count in tokens.values())
+
+
+def _write_ranges(row_index: Int32Array, first: int, ranges: Ranges) -> int:
+    """Write the rows of `ranges` from row_index[first] on; how many they are."""
+    begin = first
+    for start, stop in ranges:
+        assert first + stop - start <= len(row_index), f"more rank rows than the tables' {len(row_index)}"
+        row_index[first : first + stop - start] = np.arange(start, stop, dtype=np.int32)
+        first += stop - start
+    return first - begin
+
+
+def _write_tokens(token_index: Int32Array, first: int, pieces: Sequence[tuple[int, int]]) -> int:
+    """Write the tokens of `pieces` (first token, count) from token_index[first] on; where they end."""
+    for token, length in pieces:
+        assert first + length <= len(token_index), f"more tokens than the tables' {len(token_index)}"
+        if length == 1:
+            token_index[first] = token
+        else:
+            token_index[first : first + length] = np.arange(token, token + length, dtype=np.int32)
+        first += length
+    return first

@@ -1,0 +1,278 @@
+"""The low-rank term of a batch in two launches: shrink, h = A x for all slices, then expand, y += B h.
+
+After Punica (Chen et al., 2023, arXiv 2310.18547) and S-LoRA (Sheng et al., 2023, arXiv 2311.03285), over blocks of
+tokens that share an adapter. Both launches read an adapter's true rank through its row table, in tiles of 16. The
+input features of the shrink are split over programs; each writes its part of h to scratch and the expand sums the
+parts in order, so that a result does not depend on which program came first. Nothing here waits for the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.kernels.lora_blocks import LoraBlocks
+from server.kernels.triton.plans import LoraPlan, lora_plan
+
+MAX_SLICES = 3
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Sequence[Tensor],
+    blocks: LoraBlocks,
+    widths: Sequence[int],
+    scratch: Tensor,
+    plan: LoraPlan | None = None,
+) -> None:
+    """Add the low-rank term to y [n, sum(widths)] in place, as `reference.lora.lora_add` defines it.
+
+    x [n, in], a [rows, slices, in] and b[s] [rows, widths[s]] have y's dtype; h is rounded to it between the two
+    products, which accumulate in float32. `scratch` is float32, of `lora_scratch_size` elements, and may hold anything.
+    """
+    plan = plan or lora_plan(x.shape[1], tuple(widths), blocks.num_blocks, blocks.block_tokens)
+    lora_shrink(x, a, blocks, scratch, plan)
+    lora_expand(y, b, blocks, widths, scratch, plan)
+
+
+def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan: LoraPlan) -> None:
+    """scratch [splits, tokens, slices, max_rank] = parts of A x, for tokens in the order of `blocks.token_index`."""
+    shrink, (num_slices, in_features) = plan.shrink, a.shape[1:]
+    assert a.is_contiguous(), "a's rows must follow each other"
+    assert x.stride(1) == 1, "x must be contiguous along its features"
+    assert a.dtype == x.dtype, f"{a.dtype} weights for {x.dtype} input"
+    assert scratch.numel() >= shrink.splits * _split_stride(blocks, num_slices), "scratch is too small for the plan"
+    steps = triton.cdiv(in_features, shrink.block_k)
+    _shrink_kernel[(blocks.num_blocks, shrink.programs, shrink.splits)](
+        x,
+        a,
+        scratch,
+        *_tables(blocks),
+        x.stride(0),
+        _split_stride(blocks, num_slices),
+        triton.cdiv(steps, shrink.splits),
+        IN=in_features,
+        SLICES=num_slices,
+        MAX_RANK=blocks.max_rank,
+        BLOCK_M=max(16, blocks.block_tokens),
+        BLOCK_K=shrink.block_k,
+        BLOCK_R=shrink.block_r,
+        PROGRAMS=shrink.programs,
+        WIDEN=_widens(x),
+        num_warps=shrink.num_warps,
+        num_stages=shrink.num_stages,
+    )
+
+
+def lora_expand(
+    y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, widths: Sequence[int], scratch: Tensor, plan: LoraPlan
+) -> None:
+    """y += B h, with h the sum of the parts in scratch."""
+    expand, num_slices = plan.expand, len(b)
+    assert len(widths) == num_slices <= MAX_SLICES, f"{num_slices} slices for {len(widths)} widths"
+    assert all(weight.is_contiguous() and weight.dtype == y.dtype for weight in b), "b must be contiguous, of y's dtype"
+    assert y.stride(1) == 1, "y must be contiguous along its features"
+    column_tiles = sum(triton.cdiv(width, expand.block_n) for width in widths)
+    padded = [*widths, *[0] * (MAX_SLICES - num_slices)]
+    _expand_kernel[(column_tiles, blocks.num_blocks)](
+        y,
+        *b,
+        *[b[0]] * (MAX_SLICES - num_slices),
+        scratch,
+        *_tables(blocks),
+        y.stride(0),
+        _split_stride(blocks, num_slices),
+        W0=padded[0],
+        W1=padded[1],
+        W2=padded[2],
+        SLICES=num_slices,
+        MAX_RANK=blocks.max_rank,
+        SPLITS=plan.shrink.splits,
+        BLOCK_M=max(16, blocks.block_tokens),
+        BLOCK_N=expand.block_n,
+        BLOCK_R=expand.block_r,
+        WIDEN=_widens(y),
+        num_warps=expand.num_warps,
+        num_stages=expand.num_stages,
+    )
+
+
+def _tables(blocks: LoraBlocks) -> tuple[Tensor, ...]:
+    return blocks.token_index, blocks.row_index, blocks.start, blocks.length, blocks.first_row, blocks.rank
+
+
+def _split_stride(blocks: LoraBlocks, num_slices: int) -> int:
+    return blocks.token_index.shape[0] * num_slices * blocks.max_rank
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether products must be given float32: the interpreter keeps bfloat16 as integers, and multiplies those."""
+    return x.dtype is torch.bfloat16 and bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(left, right, acc, WIDEN: tl.constexpr):
+    if WIDEN:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["split_steps"])
+def _shrink_kernel(
+    x,
+    a,
+    h,
+    token_index,
+    row_index,
+    starts,
+    lengths,
+    first_rows,
+    ranks,
+    x_stride,
+    split_stride,
+    split_steps,
+    IN: tl.constexpr,
+    SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Grid (blocks, PROGRAMS, splits). Rank rows of all slices are counted through: f = row · SLICES + slice."""
+    block = tl.program_id(0)
+    length = tl.load(lengths + block)
+    start = tl.load(starts + block)
+    first_row = tl.load(first_rows + block)
+    rank = tl.load(ranks + block)
+    if length == 0:
+        return
+    tokens = tl.arange(0, BLOCK_M)
+    is_token = tokens < length
+    token = tl.load(token_index + start + tokens, mask=is_token, other=0).to(tl.int64)
+    split = tl.program_id(2)
+    first_step = split * split_steps
+    last_step = tl.minimum(first_step + split_steps, (IN + BLOCK_K - 1) // BLOCK_K)
+    features = tl.arange(0, BLOCK_K)
+    for f0 in range(tl.program_id(1) * BLOCK_R, rank * SLICES, PROGRAMS * BLOCK_R):
+        f = f0 + tl.arange(0, BLOCK_R)
+        is_row = f < rank * SLICES
+        row = tl.load(row_index + first_row + f // SLICES, mask=is_row, other=0).to(tl.int64)
+        x_tile = x + token[:, None] * x_stride + features[None, :]
+        a_tile = a + (row * SLICES + f % SLICES)[:, None] * IN + features[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for step in range(first_step, last_step):
+            k = step * BLOCK_K  # a multiple of BLOCK_K, which the compiler must see to make wide loads
+            if IN % BLOCK_K == 0:
+                xs = tl.load(x_tile + k, mask=is_token[:, None], other=0.0)
+                weights = tl.load(a_tile + k, mask=is_row[:, None], other=0.0)
+            else:
+                is_feature = (features < IN - k)[None, :]
+                xs = tl.load(x_tile + k, mask=is_token[:, None] & is_feature, other=0.0)
+                weights = tl.load(a_tile + k, mask=is_row[:, None] & is_feature, other=0.0)
+            acc = _dot(xs, tl.trans(weights), acc, WIDEN)
+        out = h + split * split_stride + (start + tokens)[:, None] * (SLICES * MAX_RANK)
+        out += (f % SLICES * MAX_RANK + f // SLICES)[None, :]
+        tl.store(out, acc, mask=is_token[:, None] & is_row[None, :])
+
+
+@triton.jit
+def _expand_kernel(
+    y,
+    b0,
+    b1,
+    b2,
+    h,
+    token_index,
+    row_index,
+    starts,
+    lengths,
+    first_rows,
+    ranks,
+    y_stride,
+    split_stride,
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
+    SLICES: tl.constexpr,
+    MAX_RANK: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Grid (column tiles of all slices, blocks)."""
+    block = tl.program_id(1)
+    length = tl.load(lengths + block)
+    start = tl.load(starts + block)
+    first_row = tl.load(first_rows + block)
+    rank = tl.load(ranks + block)
+    if length == 0:
+        return
+    tile = tl.program_id(0)
+    rows = row_index + first_row
+    tokens = token_index + start
+    h += start * (SLICES * MAX_RANK)
+    tiles0: tl.constexpr = (W0 + BLOCK_N - 1) // BLOCK_N
+    tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
+    if tile < tiles0:
+        _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, tile,
+                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
+    elif tile < tiles0 + tiles1:
+        _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
+                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
+    else:
+        _expand_tile(y + W0 + W1, b2, h + 2 * MAX_RANK, tokens, rows, length, rank, y_stride, split_stride,
+                     tile - tiles0 - tiles1,
+                     W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
+
+
+@triton.jit
+def _expand_tile(
+    y,
+    b,
+    h,
+    token_index,
+    row_index,
+    length,
+    rank,
+    y_stride,
+    split_stride,
+    tile,
+    WIDTH: tl.constexpr,
+    H_STRIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """BLOCK_N columns of one slice; y, b and h point at the slice's own."""
+    tokens = tl.arange(0, BLOCK_M)
+    is_token = tokens < length
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_column = columns < WIDTH
+    token = tl.load(token_index + tokens, mask=is_token, other=0).to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        is_row = r < rank
+        row = tl.load(row_index + r, mask=is_row, other=0).to(tl.int64)
+        weights = tl.load(
+            b + row[:, None] * WIDTH + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
+        )
+        part = h + tokens[:, None] * H_STRIDE + r[None, :]
+        is_part = is_token[:, None] & is_row[None, :]
+        hidden = tl.load(part, mask=is_part, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            hidden += tl.load(part + split * split_stride, mask=is_part, other=0.0)
+        acc = _dot(hidden.to(weights.dtype), weights, acc, WIDEN)
+    out = y + token[:, None] * y_stride + columns[None, :]
+    is_out = is_token[:, None] & is_column[None, :]
+    tl.store(out, (tl.load(out, mask=is_out, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=is_out)
