@@ -1,11 +1,12 @@
 """The engine process: `python -m server.engine.process --socket ipc://…`, its settings as JSON on stdin.
 
-Exits 0 after Shutdown or when the front end is gone, 3 when the base model or a setting is refused (one line
-on stderr says why), anything else is a crash that the front end answers by starting it again.
+Exits 0 after Shutdown or when the front end is gone, 2 when a setting is refused and 3 when the base model is (one
+line on stderr says why); anything else is a crash that the front end answers by starting it again.
 """
 
 import argparse
 import logging
+import os
 import signal
 import sys
 
@@ -15,8 +16,10 @@ from adapters.errors import LorikeetError
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.link import Link
+from server.errors import ConfigError
 
-REFUSED = 3
+CONFIG_REFUSED = 2
+BASE_REFUSED = 3
 
 
 def main() -> int:
@@ -32,11 +35,15 @@ def main() -> int:
         engine = build_engine(config, link)
     except LorikeetError as error:
         print(f"error: {error.message}", file=sys.stderr)
-        return REFUSED
+        return CONFIG_REFUSED if isinstance(error, ConfigError) else BASE_REFUSED
     engine.run()
     link.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: neither a loader's thread that is still reading nor the freeing of every tensor is waited for.
+    os._exit(code)
