@@ -3,19 +3,22 @@
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.messages import Ready, ResidentAdapter, Stats
+from server.engine.messages import AdapterLoad, Ready, ResidentAdapter, Stats
 from server.errors import ConfigError
 from server.metrics import Metrics, MetricsPage
 
 READY = Ready(
     device="cpu", dtype="bfloat16", max_model_len=1024, max_num_seqs=8, max_batch_tokens=256, page_size=16, num_pages=64
 )
+
+NAMES = {"sha256:1": "pirate", "sha256:2": "json", "sha256:3": "sql", "sha256:4": "pirate"}
 
 
 def page(metrics: Metrics) -> str:
@@ -87,15 +90,20 @@ def test_a_snapshot_of_the_engine_becomes_gauges() -> None:
     metrics.engine_started(READY)
     adapters = [
         ResidentAdapter("sha256:1", "device", 100, 2),
-        ResidentAdapter("sha256:2", "device", 100, 1),
+        ResidentAdapter("sha256:1", "host", 50, 2),
+        ResidentAdapter("sha256:2", "device", 100, 1, True),
         ResidentAdapter("sha256:3", "host", 100, 0),
     ]
-    metrics.engine_stats(stats(adapters=adapters, memory={"weights": 1000, "kv": 500}))
+    sizes = {"host": 150, "device": 200}
+    metrics.engine_stats(stats(adapters=adapters, adapter_bytes=sizes, memory={"weights": 1000, "kv": 500}), NAMES)
     assert value(metrics, "requests_running") == 3
     assert value(metrics, "requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_ratio") == 0.25
     assert value(metrics, "adapters_loaded", tier="device") == 2
-    assert value(metrics, "adapters_loaded", tier="host") == 1
+    assert value(metrics, "adapters_loaded", tier="host") == 2
+    assert value(metrics, "adapters_pinned", tier="device") == 1
+    assert value(metrics, "adapter_bytes", tier="device") == 200
+    assert value(metrics, "adapter_bytes", tier="host") == 150
     assert value(metrics, "adapter_leases") == 3
     assert value(metrics, "memory_bytes", kind="weights", device="cpu") == 1000
     assert value(metrics, "memory_bytes", kind="kv", device="cpu") == 500
@@ -105,28 +113,103 @@ def test_a_snapshot_of_the_engine_becomes_gauges() -> None:
 def test_memory_on_a_gpu_is_told_from_memory_on_the_cpu() -> None:
     metrics = Metrics()
     metrics.engine_started(Ready("cuda:0", "bfloat16", 1024, 8, 256, 16, 64))
-    metrics.engine_stats(stats(memory={"weights": 1000}))
+    metrics.engine_stats(stats(memory={"weights": 1000}), NAMES)
     assert labels_of(metrics, "memory_bytes", "device") == {"gpu"}
 
 
 def test_counters_go_on_when_the_engine_begins_anew() -> None:
     metrics = Metrics()
     metrics.engine_started(READY)
-    metrics.engine_stats(stats(preemptions=2, adapter_loads=5, prefix_hit_tokens=10, prefix_query_tokens=40))
-    metrics.engine_stats(stats(preemptions=3, adapter_loads=5, prefix_hit_tokens=30, prefix_query_tokens=60))
+    loads = {"host": 7, "device": 5}
+    metrics.engine_stats(stats(preemptions=2, adapter_loads=loads, prefix_hit_tokens=10, prefix_query_tokens=40), NAMES)
+    metrics.engine_stats(stats(preemptions=3, adapter_loads=loads, prefix_hit_tokens=30, prefix_query_tokens=60), NAMES)
     assert value(metrics, "preemptions_total") == 3
+    assert value(metrics, "adapter_loads_total", tier="host") == 7
     metrics.engine_restarted()
     assert value(metrics, "requests_running") == 0
-    assert labels_of(metrics, "memory_bytes", "kind") == set()
+    for name, label in (("memory_bytes", "kind"), ("adapters_loaded", "tier"), ("adapter_bytes", "tier")):
+        assert labels_of(metrics, name, label) == set(), "of an engine that is gone"
     metrics.engine_started(READY)
-    metrics.engine_stats(stats(preemptions=1, adapter_loads=1, adapter_load_failures=1, adapter_evictions=4))
+    anew = {"adapter_loads": {"device": 1}, "adapter_load_failures": 1, "adapter_evictions": {"host": 3, "device": 4}}
+    metrics.engine_stats(stats(preemptions=1, adapter_hits={"device": 2}, adapter_misses={"host": 6}, **anew), NAMES)
     assert value(metrics, "preemptions_total") == 4
-    assert value(metrics, "adapter_loads_total") == 6
+    assert value(metrics, "adapter_loads_total", tier="device") == 6
+    assert value(metrics, "adapter_loads_total", tier="host") == 7
     assert value(metrics, "adapter_load_failures_total") == 1
-    assert value(metrics, "adapter_evictions_total") == 4
+    assert value(metrics, "adapter_evictions_total", tier="device") == 4
+    assert value(metrics, "adapter_evictions_total", tier="host") == 3
+    assert value(metrics, "adapter_cache_hits_total", tier="device") == 2
+    assert value(metrics, "adapter_cache_hits_total", tier="host") == 0
+    assert value(metrics, "adapter_cache_misses_total", tier="host") == 6
     assert value(metrics, "prefix_cache_hit_tokens_total") == 30
     assert value(metrics, "prefix_cache_query_tokens_total") == 60
     assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_each_load_is_timed_by_its_way() -> None:
+    metrics = Metrics()
+    times = [AdapterLoad("disk", "host", 0.2), AdapterLoad("disk", "host", 0.7), AdapterLoad("host", "device", 0.002)]
+    metrics.engine_stats(stats(adapter_load_times=times[:1]), NAMES)
+    metrics.engine_stats(stats(adapter_load_times=times[1:]), NAMES)
+    reading = {"from": "disk", "to": "host"}
+    assert value(metrics, "adapter_load_seconds_count", **reading) == 2
+    assert value(metrics, "adapter_load_seconds_sum", **reading) == pytest.approx(0.9)
+    assert value(metrics, "adapter_load_seconds_bucket", **reading, le="0.25") == 1
+    assert value(metrics, "adapter_load_seconds_sum", **{"from": "host", "to": "device"}) == 0.002
+
+
+def test_requests_wait_by_the_name_of_their_adapter_as_far_as_labels_go() -> None:
+    metrics = Metrics(max_adapters=2)
+    waiting = {"sha256:1": 2, "sha256:4": 3, "sha256:2": 4, "sha256:3": 5, "sha256:unheard of": 6}
+    metrics.engine_stats(stats(waiting_by_adapter=waiting), NAMES)
+    assert value(metrics, "adapter_requests_waiting", adapter="pirate") == 5  # two versions of one name
+    assert value(metrics, "adapter_requests_waiting", adapter="json") == 4
+    assert value(metrics, "adapter_requests_waiting", adapter="_other") == 11
+    metrics.engine_stats(stats(waiting_by_adapter={"sha256:2": 1}), NAMES)
+    assert labels_of(metrics, "adapter_requests_waiting", "adapter") == {"json"}, "others wait no more"
+
+
+def router_info(metrics: Metrics) -> tuple[dict[str, str], float]:
+    [(labels, seconds)] = [
+        (dict(k), v) for (name, k), v in samples(metrics).items() if name == "vllm:lora_requests_info"
+    ]
+    return labels, seconds
+
+
+def test_routers_read_which_adapters_are_here_as_they_do_of_vllm() -> None:
+    """The labels and the value are those of vLLM's gauge, of which a router takes the newest."""
+    metrics = Metrics()
+    metrics.engine_started(READY)
+    before = time.time()
+    metrics.engine_stats(stats(memory={"adapters": 1000}), NAMES)
+    labels, seconds = router_info(metrics)
+    assert labels == {"max_lora": "8", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+    assert before <= seconds <= time.time()
+    adapters = [
+        ResidentAdapter("sha256:2", "device", 100, 0),
+        ResidentAdapter("sha256:1", "device", 100, 2),
+        ResidentAdapter("sha256:4", "device", 40, 1),
+        ResidentAdapter("sha256:3", "host", 100, 0),
+    ]
+    now = stats(
+        adapters=adapters,
+        adapter_bytes={"device": 240, "host": 100},
+        memory={"adapters": 1000},
+        waiting_by_adapter={"sha256:3": 1, "sha256:unheard of": 1},
+    )
+    metrics.engine_stats(now, NAMES)
+    labels, seconds = router_info(metrics)
+    # Of the present mean size, 80 bytes, the device holds twelve.
+    assert labels == {"max_lora": "12", "running_lora_adapters": "pirate,json", "waiting_lora_adapters": "sql"}
+    metrics.engine_restarted()
+    assert not [name for name, _ in samples(metrics) if name.startswith("vllm:")]
+
+
+def test_the_store_is_up_until_it_is_not() -> None:
+    metrics = Metrics()
+    assert value(metrics, "store_up") == 1
+    metrics.store_up(False)
+    assert value(metrics, "store_up") == 0
 
 
 def test_processes_tell_their_memory_and_time_while_they_live() -> None:
@@ -143,8 +226,9 @@ def test_processes_tell_their_memory_and_time_while_they_live() -> None:
 def test_names_and_help_keep_to_prometheus_conventions() -> None:
     metrics = Metrics()
     metrics.engine_started(READY, pid=os.getpid())
+    metrics.engine_stats(stats(), NAMES)
     for family in text_string_to_metric_families(page(metrics)):
-        assert family.name.startswith("lorikeet_")
+        assert family.name.startswith("lorikeet_") or family.name == "vllm:lora_requests_info"
         assert family.documentation.endswith("."), family.name
         if family.type == "histogram":
             assert family.name.endswith("_seconds")

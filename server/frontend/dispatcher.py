@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from adapters.errors import LorikeetError
 from server.engine.messages import (
     CallDone,
+    CallProgress,
     Cancel,
     ErrorPayload,
     Ready,
@@ -21,33 +23,58 @@ from server.engine.messages import (
 from server.errors import EngineUnavailable, StreamStalled
 from server.frontend.engine_errors import EngineErrors
 from server.frontend.streams import Stream
+from server.frontend.types import OnProgress, Residency, residencies
 
 
 class EngineMetrics(Protocol):
     """What is counted of the engine; `server.metrics.Metrics` in a real server."""
 
-    def engine_stats(self, stats: Stats) -> None: ...
+    def engine_stats(self, stats: Stats, names: Mapping[str, str]) -> None: ...
 
     def engine_started(self, ready: Ready, pid: int | None = None) -> None: ...
 
     def engine_restarted(self) -> None: ...
 
 
+class Adapters(Protocol):
+    """Hears what is in memory, and knows the names of digests; `server.frontend.catalog.Catalog` in a server."""
+
+    @property
+    def names(self) -> Mapping[str, str]: ...
+
+    def set_resident(self, digests: Collection[str]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that waits for its CallDone."""
+
+    answer: asyncio.Future[ErrorPayload | None]
+    on_progress: OnProgress
+
+
 class Dispatcher:
     """Gives each message of the engine to the stream or call it is for. `send` sends one to the engine, and raises
     EngineUnavailable while there is none; `on_up` hears whether there is one."""
 
-    def __init__(self, send: Callable[[ToEngine], None], on_up: Callable[[bool], None], metrics: EngineMetrics) -> None:
+    def __init__(
+        self,
+        send: Callable[[ToEngine], None],
+        on_up: Callable[[bool], None],
+        adapters: Adapters,
+        metrics: EngineMetrics,
+    ) -> None:
         self._send = send
         self._on_up = on_up
+        self._adapters = adapters
         self._metrics = metrics
         self._errors = EngineErrors()
         self._ids = itertools.count(1)  # of requests and calls, never used twice
         self._streams: dict[str, Stream] = {}
-        self._calls: dict[str, asyncio.Future[ErrorPayload | None]] = {}
+        self._calls: dict[str, _Call] = {}
         self.info: Ready | None = None
         self.stats: Stats | None = None
-        self.residency: dict[str, str] = {}
+        self.residency: dict[str, Residency] = {}
 
     def next_id(self) -> str:
         """An id for a request or call, unique in the life of this process."""
@@ -64,10 +91,11 @@ class Dispatcher:
         if self._streams.pop(request_id, None) is not None:
             self._cancel(request_id)
 
-    async def call(self, message: ToEngine, call_id: str) -> None:
+    async def call(self, message: ToEngine, call_id: str, on_progress: OnProgress = lambda progress: None) -> None:
         """Sends a message and waits for its CallDone. Raises the error that it carries, EngineUnavailable."""
         self._send(message)
-        answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[ErrorPayload | None] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = _Call(answer, on_progress)
         try:
             error = await answer
         finally:
@@ -85,13 +113,18 @@ class Dispatcher:
                 if stream is not None:
                     stream.fail(self._errors(message.error), _now())
             case CallDone():
-                answer = self._calls.get(message.call_id)
-                if answer is not None and not answer.done():
-                    answer.set_result(message.error)
+                call = self._calls.get(message.call_id)
+                if call is not None and not call.answer.done():
+                    call.answer.set_result(message.error)
+            case CallProgress():
+                call = self._calls.get(message.call_id)
+                if call is not None:
+                    call.on_progress(message)
             case Stats():
                 self.stats = message
-                self.residency = {adapter.digest: adapter.tier for adapter in message.adapters}
-                self._metrics.engine_stats(message)
+                self.residency = residencies(message.adapters)
+                self._adapters.set_resident(self.residency.keys())
+                self._metrics.engine_stats(message, self._adapters.names)
 
     def _receive_step(self, message: StepOutputs) -> None:
         now, streams = _now(), self._streams
@@ -110,6 +143,7 @@ class Dispatcher:
     def engine_down(self, error: LorikeetError) -> None:
         """Ends every stream and call with EngineUnavailable."""
         self.stats, self.residency = None, {}
+        self._adapters.set_resident(())
         self._metrics.engine_restarted()
         self._on_up(False)
         self.fail_all(lambda: EngineUnavailable(f"the engine was lost: {error.message}", retry_after=5.0))
@@ -120,9 +154,9 @@ class Dispatcher:
         for request_id, stream in streams.items():
             self._cancel(request_id)
             stream.fail(error(), _now())
-        for answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(error())
+        for call in self._calls.values():
+            if not call.answer.done():
+                call.answer.set_exception(error())
 
     def fail_stalled(self, timeout: float) -> None:
         """Ends the streams that have waited for their reader for longer than `timeout` seconds."""

@@ -6,31 +6,30 @@ then hand out deltas as the engine's outputs come, until it ends or its reader l
 
 import asyncio
 import contextlib
-import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from msgspec.structs import replace
-
-from adapters.store import Version
+from adapters.errors import AdapterInUse
+from adapters.versions import Version
 from server.base.resolve import BaseModel
 from server.config import ServeConfig
-from server.engine.messages import AdapterRef, LoadAdapter, Ready, Stats, Submit, ToEngine, UnloadAdapter
+from server.engine.messages import (
+    CallProgress,
+    LoadAdapter,
+    Ready,
+    Stats,
+    ToEngine,
+    UnloadAdapter,
+    UnpinAdapter,
+)
 from server.errors import EngineUnavailable, ShuttingDown
-from server.frontend.completion import Completion
-from server.frontend.detokenizer import Detokenizer, TokenBytes
+from server.frontend.catalog import Catalog, Registry
 from server.frontend.dispatcher import Dispatcher, EngineMetrics
 from server.frontend.engine_client import ENGINE_COMMAND, EngineClient
-from server.frontend.stop_strings import StopStrings
+from server.frontend.preparation import Preparation, Prepared, reference
 from server.frontend.streams import Stream
 from server.frontend.supervisor import Backoff, Supervisor
-from server.frontend.tokenizer import Tokenizer
-from server.frontend.types import Delta, GenerateRequest
-from server.frontend.validation import check_request, output_budget
-
-# Characters that take about a millisecond to encode; longer prompts are encoded in a thread.
-_ENCODE_INLINE = 2048
+from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency
 
 # What the engine gets to finish its step in progress before it is terminated.
 _SHUTDOWN_SECONDS = 5.0
@@ -47,21 +46,7 @@ class Metrics(EngineMetrics, Protocol):
 
     def generation_tokens(self, *, adapter: str, count: int) -> None: ...
 
-
-class Registry(Protocol):
-    """Turns adapter ids into versions; `adapters.registry.AdapterRegistry` in a real server."""
-
-    def resolve(self, adapter_id: str) -> Version: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A request that can be submitted. `residency` is where its adapter was when it came."""
-
-    submit: Submit
-    completion: Completion
-    adapter: str
-    residency: str
+    def store_up(self, value: bool) -> None: ...
 
 
 class Frontend:
@@ -79,12 +64,10 @@ class Frontend:
         backoff: Backoff | None = None,
     ) -> None:
         self._config = config
-        self._vocab_size = base.spec.vocab_size
-        self._registry = registry
         self._metrics = metrics
-        self._tokenizer = Tokenizer.load(base.path)
-        self._token_bytes = TokenBytes(self._tokenizer.backend)
-        self._dispatcher = Dispatcher(self._send, self._set_up, metrics)
+        self._preparation = Preparation(base, config.max_stop_strings)
+        self.catalog = Catalog(registry, metrics.store_up)
+        self._dispatcher = Dispatcher(self._send, self._set_up, self.catalog, metrics)
         self._supervisor = Supervisor(
             lambda: EngineClient(engine_command, config.engine, self._dispatcher.receive),
             self._dispatcher,
@@ -118,6 +101,7 @@ class Frontend:
         self._dispatcher.fail_all(lambda: ShuttingDown(message, retry_after=1.0))
         await self._supervisor.stop(_SHUTDOWN_SECONDS)
         self._set_up(False)
+        self.catalog.close()
 
     @property
     def info(self) -> Ready | None:
@@ -142,96 +126,83 @@ class Frontend:
         """The answer as it is made; the last delta has a finish reason. Closing the generator cancels the request
         in the engine.
 
-        Raises InvalidRequest, what the registry raises for the adapter, what the engine reports (ServerBusy,
+        Raises InvalidRequest, what the catalog raises for the adapter, what the engine reports (ServerBusy,
         InvalidAdapter, …), ShuttingDown, EngineUnavailable, StreamStalled.
         """
         arrival = asyncio.get_running_loop().time()
         with self._active() as info:
-            prepared = await self._prepare(request, info)
-            completion, adapter = prepared.completion, prepared.adapter
-            request_id = prepared.submit.request_id
-            stream = self._dispatcher.submit(prepared.submit)
-            try:
-                is_first, is_last = True, False
-                while not is_last:
-                    delta = completion.delta(await stream.take(), stream)
-                    if is_first:
-                        self._count_start(prepared, stream, arrival)
-                        is_first = False
-                    self._metrics.generation_tokens(adapter=adapter, count=len(delta.token_ids))
-                    is_last = delta.finish_reason is not None
-                    if is_last:
-                        self._dispatcher.leave(request_id)  # the engine need not wait for the reader
-                        self._count_end(prepared, stream)
-                    yield delta
-            finally:
-                self._dispatcher.leave(request_id)
+            self._preparation.check(request, info)
+            adapter_id = request.adapter_id
+            async with self.catalog.hold(adapter_id) if adapter_id else contextlib.nullcontext() as version:
+                adapter = "" if version is None else version.name
+                residency = "device" if version is None else self.residency(version.digest).fastest
+                request_id = self._dispatcher.next_id()
+                prepared = await self._preparation.prepare(request, info, request_id, version)
+                stream = self._dispatcher.submit(prepared.submit)
+                try:
+                    is_first, is_last = True, False
+                    while not is_last:
+                        delta = prepared.completion.delta(await stream.take(), stream)
+                        if is_first:
+                            self._count_start(prepared, stream, adapter, residency, arrival)
+                            is_first = False
+                        self._metrics.generation_tokens(adapter=adapter, count=len(delta.token_ids))
+                        is_last = delta.finish_reason is not None
+                        if is_last:
+                            self._dispatcher.leave(request_id)  # the engine need not wait for the reader
+                            self._count_end(prepared, stream, adapter)
+                        yield delta
+                finally:
+                    self._dispatcher.leave(request_id)
 
-    async def load_adapter(self, adapter_id: str) -> Version:
-        """Make an adapter resident; returns when it is. Raises as `generate` does for the adapter."""
+    async def load_adapter(
+        self, adapter_id: str, *, pin: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
+        """Make an adapter resident; returns when it is. `pin`: and keep it so until it is unpinned or unloaded.
+        Raises as `generate` does for the adapter, AdapterTooLarge, PinRefused."""
         with self._active():
-            version = self._registry.resolve(adapter_id)
             call_id = self._dispatcher.next_id()
-            await self._dispatcher.call(LoadAdapter(call_id, _reference(version)), call_id)
+            async with self.catalog.hold(adapter_id, lambda: on_progress(CallProgress(call_id, "fetching"))) as version:
+                await self._dispatcher.call(LoadAdapter(call_id, reference(version), pin), call_id, on_progress)
+                return version
+
+    async def unload_adapter(
+        self, adapter_id: str, *, drain: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
+        """Drop an adapter from memory. While requests use it: AdapterInUse or, with `drain`, wait for their end."""
+        with self._active():
+            version = await self.catalog.resolve(adapter_id)
+            await self._unload(version.digest, drain, on_progress)
             return version
 
-    async def unload_adapter(self, adapter_id: str) -> Version:
-        """Drop an adapter from memory. Raises AdapterInUse while requests hold it."""
+    async def unpin_adapter(self, adapter_id: str) -> Version:
+        """Let an adapter be evicted again; one that is not pinned is fine."""
         with self._active():
-            version = self._registry.resolve(adapter_id)
+            version = await self.catalog.resolve(adapter_id)
             call_id = self._dispatcher.next_id()
-            await self._dispatcher.call(UnloadAdapter(call_id, version.digest), call_id)
+            await self._dispatcher.call(UnpinAdapter(call_id, version.digest), call_id)
             return version
 
-    def residency(self, digest: str) -> str:
-        """Where an adapter is: "device", "host" or "disk", as of the engine's last snapshot."""
-        return self._dispatcher.residency.get(digest, "disk")
+    async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]:
+        """Forget a version of a name, or the name with all it has, and drop it from memory; what was forgotten.
+        While requests use the name: AdapterInUse and nothing happens or, with `drain`, no new one finds it and the
+        running ones are waited for. Raises what the catalog raises for the name and version."""
+        with self._active():
+            if not drain and (num_users := self.catalog.num_users(name, digest)):
+                raise AdapterInUse(f"adapter {name!r} is in use by {num_users} requests; drain it, or try again later")
+            forgotten = await self.catalog.remove(name, digest)
+            for removed in forgotten:
+                with contextlib.suppress(AdapterInUse):  # by another name, or by a request that came meanwhile
+                    await self._unload(removed, drain)
+            return forgotten
 
-    async def _prepare(self, request: GenerateRequest, info: Ready) -> _Prepared:
-        check_request(
-            request,
-            vocab_size=self._vocab_size,
-            max_model_len=info.max_model_len,
-            max_stop_strings=self._config.max_stop_strings,
-        )
-        version = self._registry.resolve(request.adapter_id) if request.adapter_id else None
-        field, prompt = await self._encode(request, info.max_model_len)
-        max_tokens = output_budget(field, len(prompt), request.max_tokens, info.max_model_len)
-        sampling = request.sampling
-        if sampling.seed is None:  # chosen here, so that a sequence that is computed again draws the same tokens
-            sampling = replace(sampling, seed=secrets.randbits(63))
-        submit = Submit(
-            request_id=self._dispatcher.next_id(),
-            prompt=prompt,
-            sampling=sampling,
-            stopping=request.stop_params(max_tokens),
-            adapter=None if version is None else _reference(version),
-        )
-        completion = Completion(
-            Detokenizer(self._token_bytes, prompt),
-            StopStrings(request.stop_strings) if request.stop_strings else None,
-            "" if version is None else version.digest,
-            len(prompt),
-        )
-        if version is None:
-            return _Prepared(submit, completion, "", "device")
-        return _Prepared(submit, completion, version.name, self.residency(version.digest))
+    def residency(self, digest: str) -> Residency:
+        """Where an adapter is, as of the engine's last snapshot."""
+        return self._dispatcher.residency.get(digest, Residency())
 
-    async def _encode(self, request: GenerateRequest, max_tokens: int) -> tuple[str, list[int]]:
-        """The field that holds the prompt, and its tokens. A long one is encoded in a thread, one that is far too
-        long not at all."""
-        prompt = request.prompt
-        if isinstance(prompt, str):
-            if len(prompt) > _ENCODE_INLINE:
-                return "text", await asyncio.to_thread(self._tokenizer.encode_text, prompt, max_tokens)
-            return "text", self._tokenizer.encode_text(prompt, max_tokens)
-        token_ids = [token for token in prompt if isinstance(token, int)]
-        messages = [message for message in prompt if not isinstance(message, int)]
-        if token_ids:
-            return "token_ids", token_ids
-        if sum(len(message.content) for message in messages) > _ENCODE_INLINE:
-            return "messages", await asyncio.to_thread(self._tokenizer.encode_chat, messages, max_tokens)
-        return "messages", self._tokenizer.encode_chat(messages, max_tokens)
+    async def _unload(self, digest: str, drain: bool, on_progress: OnProgress = lambda progress: None) -> None:
+        call_id = self._dispatcher.next_id()
+        await self._dispatcher.call(UnloadAdapter(call_id, digest, drain), call_id, on_progress)
 
     @contextlib.contextmanager
     def _active(self) -> Iterator[Ready]:
@@ -250,18 +221,15 @@ class Frontend:
             if self._num_active == 0:
                 self._idle.set()
 
-    def _count_start(self, prepared: _Prepared, stream: Stream, arrival: float) -> None:
+    def _count_start(self, prepared: Prepared, stream: Stream, adapter: str, residency: str, arrival: float) -> None:
         assert stream.first_at is not None, "a token has come"
-        seconds = stream.first_at - arrival
-        self._metrics.first_token(adapter=prepared.adapter, residency=prepared.residency, seconds=seconds)
-        self._metrics.prompt_tokens(
-            adapter=prepared.adapter, count=len(prepared.submit.prompt), cached=stream.num_cached
-        )
+        self._metrics.first_token(adapter=adapter, residency=residency, seconds=stream.first_at - arrival)
+        self._metrics.prompt_tokens(adapter=adapter, count=len(prepared.submit.prompt), cached=stream.num_cached)
 
-    def _count_end(self, prepared: _Prepared, stream: Stream) -> None:
+    def _count_end(self, prepared: Prepared, stream: Stream, adapter: str) -> None:
         assert stream.first_at is not None, "a token has come"
         seconds = stream.last_at - stream.first_at
-        self._metrics.output_tokens(adapter=prepared.adapter, count=prepared.completion.num_tokens - 1, seconds=seconds)
+        self._metrics.output_tokens(adapter=adapter, count=prepared.completion.num_tokens - 1, seconds=seconds)
 
     def _send(self, message: ToEngine) -> None:
         self._supervisor.send(message)
@@ -279,7 +247,3 @@ class Frontend:
         while True:
             await asyncio.sleep(timeout / 4)
             self._dispatcher.fail_stalled(timeout)
-
-
-def _reference(version: Version) -> AdapterRef:
-    return AdapterRef(version.digest, str(version.path))

@@ -1,8 +1,11 @@
 """What crosses between the RPC layer and the front end: plain values, no protobuf, no torch."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from server.engine.messages import SamplingParams, StopParams, Timings, TokenLogprob
+from server.engine.messages import CallProgress, ResidentAdapter, SamplingParams, StopParams, Timings, TokenLogprob
+
+OnProgress = Callable[[CallProgress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +58,27 @@ class Delta:
     finish_reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where an adapter is, as of the engine's last snapshot: the tiers that hold it, the fastest first."""
+
+    tiers: tuple[ResidentAdapter, ...] = ()
+
+    @property
+    def fastest(self) -> str:
+        """One of "device", "host" and "disk"."""
+        return self.tiers[0].tier if self.tiers else "disk"
+
+    @property
+    def pinned(self) -> bool:
+        return any(tier.pinned for tier in self.tiers)
+
+
+def residencies(adapters: Iterable[ResidentAdapter]) -> dict[str, Residency]:
+    """Digest → where it is, of all that are in memory."""
+    tiers: dict[str, list[ResidentAdapter]] = {}
+    for adapter in sorted(adapters, key=lambda adapter: adapter.tier != "device"):
+        tiers.setdefault(adapter.digest, []).append(adapter)
+    return {digest: Residency(tuple(found)) for digest, found in tiers.items()}

@@ -1,12 +1,12 @@
 """What the services need of the layers below, so that they can be run on anything that has it."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Protocol
 
 from adapters.registry import AdapterEntry
-from adapters.store import Version
+from adapters.versions import Version
 from server.engine.messages import Ready
-from server.frontend.types import Delta, GenerateRequest
+from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency
 
 
 class Backend(Protocol):
@@ -28,18 +28,30 @@ class Backend(Protocol):
 
     def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta]: ...
 
-    async def load_adapter(self, adapter_id: str) -> Version: ...
+    async def load_adapter(
+        self, adapter_id: str, *, pin: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version: ...
 
-    async def unload_adapter(self, adapter_id: str) -> Version: ...
+    async def unload_adapter(
+        self, adapter_id: str, *, drain: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version: ...
+
+    async def unpin_adapter(self, adapter_id: str) -> Version: ...
+
+    async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]: ...
 
     def on_ready_change(self, callback: Callable[[bool], None]) -> None: ...
 
-    def residency(self, digest: str) -> str: ...
+    def residency(self, digest: str) -> Residency: ...
 
 
-class Registry(Protocol):
-    """The published adapters; `adapters.registry.AdapterRegistry` in a real server."""
+class Catalog(Protocol):
+    """The published adapters; `server.frontend.catalog.Catalog` in a real server."""
 
-    def resolve(self, adapter_id: str) -> Version: ...
+    async def resolve(self, adapter_id: str) -> Version: ...
 
-    def list(self, page_size: int, page_token: str) -> tuple[list[AdapterEntry], str]: ...
+    async def list(self, page_size: int, page_token: str) -> tuple[Sequence[AdapterEntry], str]: ...
+
+    async def move_label(self, name: str, label: str, digest: str, expected: str | None) -> Version: ...
+
+    async def rollback(self, name: str, label: str, expected: str | None) -> Version: ...

@@ -7,13 +7,13 @@ import re
 import uuid
 from collections.abc import Sequence
 
-from adapters.store import Version
+from adapters.versions import Version
 from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2
 from server.base.resolve import BaseModel
 from server.config import ServeConfig
-from server.engine.messages import Ready, SamplingParams, Timings, TokenLogprob
+from server.engine.messages import CallProgress, Ready, SamplingParams, Timings, TokenLogprob
 from server.errors import InvalidRequest
-from server.frontend.types import ChatMessage, Delta, GenerateRequest, Prompt, Usage
+from server.frontend.types import ChatMessage, Delta, GenerateRequest, Prompt, Residency, Usage
 from server.version import lorikeet_version
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.StreamGenerateRequest
@@ -25,6 +25,15 @@ _FINISH_REASONS = {
     "stop": common_pb2.FINISH_REASON_STOP,
     "length": common_pb2.FINISH_REASON_LENGTH,
     "cancelled": common_pb2.FINISH_REASON_CANCELLED,
+}
+
+_STAGES = {
+    "fetching": adapter_pb2.Progress.STAGE_FETCHING,
+    "reading": adapter_pb2.Progress.STAGE_READING,
+    "waiting": adapter_pb2.Progress.STAGE_WAITING,
+    "copying": adapter_pb2.Progress.STAGE_COPYING,
+    "checking": adapter_pb2.Progress.STAGE_CHECKING,
+    "draining": adapter_pb2.Progress.STAGE_DRAINING,
 }
 
 _RESIDENCIES = {
@@ -75,8 +84,8 @@ def whole_response(deltas: Sequence[Delta], request_id: str) -> inference_pb2.Ge
     return message
 
 
-def adapter(version: Version, residency: str) -> adapter_pb2.Adapter:
-    """A published version; `residency` is "disk", "host" or "device"."""
+def adapter(version: Version, residency: Residency) -> adapter_pb2.Adapter:
+    """A published version, and where it is."""
     manifest = version.manifest
     message = adapter_pb2.Adapter(
         name=version.name,
@@ -90,10 +99,23 @@ def adapter(version: Version, residency: str) -> adapter_pb2.Adapter:
         size_bytes=manifest.size_bytes,
         num_parameters=manifest.num_parameters,
         method=manifest.training.method if manifest.training is not None else "",
-        residency=_RESIDENCIES[residency],
+        residency=_RESIDENCIES[residency.fastest],
+        tiers=[
+            adapter_pb2.Adapter.Tier(
+                residency=_RESIDENCIES[tier.tier], size_bytes=tier.size_bytes, num_leases=tier.leases
+            )
+            for tier in residency.tiers
+        ],
+        pinned=residency.pinned,
     )
     message.create_time.FromJsonString(manifest.created_at)
     return message
+
+
+def progress(progress: CallProgress) -> adapter_pb2.Progress:
+    return adapter_pb2.Progress(
+        stage=_STAGES[progress.stage], done_bytes=progress.done_bytes, total_bytes=progress.total_bytes
+    )
 
 
 def server_info(

@@ -15,7 +15,7 @@ from server.base.resolve import BaseModel
 from server.config import ServeConfig
 from server.metrics import Metrics, MetricsPage
 from server.rpc import health, service_adapters, service_inference, service_server
-from server.rpc.backend import Backend, Registry
+from server.rpc.backend import Backend, Catalog
 from server.rpc.call import Calls
 from server.rpc.handlers import service_handler
 from server.rpc.listener import listen
@@ -30,7 +30,7 @@ async def run(
     config: ServeConfig,
     base: BaseModel,
     backend: Backend,
-    registry: Registry,
+    catalog: Catalog,
     metrics: Metrics,
     *,
     on_started: Callable[[int, int], None],
@@ -42,7 +42,7 @@ async def run(
     page = MetricsPage(metrics, config.metrics_host, config.metrics_port)
     try:
         server, port = listen(config.host, config.port, config.max_message_bytes)
-        _add_services(server, config, base, backend, registry, calls)
+        _add_services(server, config, base, backend, catalog, calls)
         checks.add_to(server)
         backend.on_ready_change(checks.set_ready)
         await server.start()
@@ -69,11 +69,11 @@ def _add_services(
     config: ServeConfig,
     base: BaseModel,
     backend: Backend,
-    registry: Registry,
+    catalog: Catalog,
     calls: Calls,
 ) -> None:
     inference = service_inference.InferenceService(backend, config.stall_timeout)
-    adapters = service_adapters.AdapterService(backend, registry)
+    adapters = service_adapters.AdapterService(backend, catalog)
     info = service_server.ServerService(config, base, backend, calls)
     server.add_generic_rpc_handlers(
         (

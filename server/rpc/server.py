@@ -20,4 +20,4 @@ async def serve(
     """
     metrics = Metrics()
     backend = Frontend(config, base, registry, metrics)
-    await run(config, base, backend, registry, metrics, on_started=on_started)
+    await run(config, base, backend, backend.catalog, metrics, on_started=on_started)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from server.config import EngineConfig
 from server.engine.messages import (
     CallDone,
+    CallProgress,
     Cancel,
     ErrorPayload,
     LoadAdapter,
@@ -34,6 +35,7 @@ from server.engine.messages import (
     ToFrontend,
     TokenLogprob,
     UnloadAdapter,
+    UnpinAdapter,
     decode_to_engine,
     encode,
 )
@@ -67,7 +69,8 @@ class FakeEngine:
         self.socket = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.connect(address)
         self.running: dict[str, Running] = {}
-        self.resident: dict[str, str] = {}
+        self.resident: dict[str, bool] = {}  # digest → whether it is pinned
+        self.drains: list[UnloadAdapter] = []
         self.num_cancels = 0
 
     def run(self) -> None:
@@ -101,24 +104,47 @@ class FakeEngine:
             case Cancel(request_id=request_id):
                 self.running.pop(request_id, None)
                 self.num_cancels += 1
+                self.finish_drains()
                 self.stats()
-            case LoadAdapter(call_id=call_id, adapter=adapter):
+            case LoadAdapter(call_id=call_id, adapter=adapter, pin=pin):
+                self.send(CallProgress(call_id, "reading", 0, 8))
+                self.send(CallProgress(call_id, "reading", 8, 8))
                 if "broken" in adapter.path:
                     faults = ["lora_A has a NaN", "lora_B has shape [1, 2]"]
                     message = f"{adapter.path}: {'; '.join(faults)}"
                     error = ErrorPayload("FAILED_PRECONDITION", "ADAPTER_INVALID", message, faults=faults)
                     self.send(CallDone(call_id, error))
                 elif "slow" not in adapter.path:
-                    self.resident[adapter.digest] = "device"
+                    self.resident[adapter.digest] = pin or self.resident.get(adapter.digest, False)
                     self.stats()
                     self.send(CallDone(call_id))
-            case UnloadAdapter(call_id=call_id, digest=digest):
-                users = [s for s in self.running.values() if s.submit.adapter and s.submit.adapter.digest == digest]
-                error = ErrorPayload("FAILED_PRECONDITION", "ADAPTER_IN_USE", "in use") if users else None
-                if error is None:
-                    self.resident.pop(digest, None)
+            case UnpinAdapter(call_id=call_id, digest=digest):
+                if digest in self.resident:
+                    self.resident[digest] = False
                 self.stats()
-                self.send(CallDone(call_id, error))
+                self.send(CallDone(call_id))
+            case UnloadAdapter(call_id=call_id, digest=digest, drain=drain):
+                if not self.num_users(digest):
+                    self.unload(message)
+                elif drain:
+                    self.drains.append(message)
+                    self.send(CallProgress(call_id, "draining"))
+                else:
+                    self.send(CallDone(call_id, ErrorPayload("FAILED_PRECONDITION", "ADAPTER_IN_USE", "in use")))
+
+    def num_users(self, digest: str) -> int:
+        adapters = [seq.submit.adapter for seq in self.running.values()]
+        return sum(adapter is not None and adapter.digest == digest for adapter in adapters)
+
+    def unload(self, message: UnloadAdapter) -> None:
+        self.resident.pop(message.digest, None)
+        self.stats()
+        self.send(CallDone(message.call_id))
+
+    def finish_drains(self) -> None:
+        for message in [drain for drain in self.drains if not self.num_users(drain.digest)]:
+            self.drains.remove(message)
+            self.unload(message)
 
     def submit(self, message: Submit) -> None:
         opcode, answer = message.prompt[0], message.prompt[1:]
@@ -135,6 +161,8 @@ class FakeEngine:
         else:
             answer = answer[: message.stopping.max_tokens]
             seq = self.running[message.request_id] = Running(message, answer, opcode)
+            if message.adapter is not None:
+                self.resident.setdefault(message.adapter.digest, False)
             self.stats()
             while opcode == AT_ONCE and message.request_id in self.running:
                 self.send(StepOutputs([self.advance(seq)]))
@@ -143,6 +171,7 @@ class FakeEngine:
         ready = [seq for seq in self.running.values() if seq.num_sent < len(seq.answer)]
         if ready:
             self.send(StepOutputs([self.advance(seq) for seq in ready]))
+            self.finish_drains()
         if any(seq.opcode == CRASH and seq.num_sent == len(seq.answer) for seq in self.running.values()):
             self.socket.close(linger=1000)
             zmq.Context.instance().term()
@@ -173,7 +202,11 @@ class FakeEngine:
                 num_waiting=0,
                 pages_used=0,
                 pages_total=100,
-                adapters=[ResidentAdapter(digest, tier, 1, 0) for digest, tier in self.resident.items()],
+                adapters=[
+                    ResidentAdapter(digest, tier, size, self.num_users(digest) if tier == "device" else 0, pinned)
+                    for digest, pinned in self.resident.items()
+                    for tier, size in (("host", 8), ("device", 16))
+                ],
                 memory={},
                 preemptions=self.num_cancels,
             )

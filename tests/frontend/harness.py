@@ -2,19 +2,22 @@
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from adapters.errors import AdapterNotFound
+from adapters.leases import Lease
 from adapters.manifest import Manifest
-from adapters.store import Version
+from adapters.versions import Version
 from server.base.resolve import BaseModel
 from server.base.spec import ModelSpec
 from server.config import EngineConfig, ServeConfig
 from server.engine.messages import Ready, SamplingParams, Stats
+from server.frontend.catalog import Registry
 from server.frontend.frontend import Frontend
 from server.frontend.supervisor import Backoff
 from server.frontend.types import Delta, GenerateRequest, Prompt
@@ -39,6 +42,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.stats: Stats | None = None
+        self.names: Mapping[str, str] = {}
         self._changed = asyncio.Event()
 
     def first_token(self, **values: Any) -> None:
@@ -61,8 +65,13 @@ class Recorder:
         self.calls.append(("engine_restarted", {}))
         self._changed.set()
 
-    def engine_stats(self, stats: Stats) -> None:
+    def engine_stats(self, stats: Stats, names: Mapping[str, str]) -> None:
         self.stats = stats
+        self.names = names
+        self._changed.set()
+
+    def store_up(self, value: bool) -> None:
+        self.calls.append(("store_up", {"value": value}))
         self._changed.set()
 
     def named(self, name: str) -> list[dict[str, Any]]:
@@ -80,13 +89,32 @@ class Recorder:
         assert self.stats.num_running == 0
 
 
+class FakeStore:
+    """A disk whose files are there whenever one looks."""
+
+    is_remote = False
+
+    def __init__(self) -> None:
+        self.paths: dict[str, Path] = {}
+
+    def fetch(self, digest: str) -> Path:
+        return self.paths[digest]
+
+    def lease(self, digest: str) -> Lease:
+        return Lease(digest, os.open(os.devnull, os.O_RDONLY))
+
+
 class FakeRegistry:
     """Every name but "missing" is an adapter, whose digest and path are made of the name."""
+
+    def __init__(self) -> None:
+        self.store = FakeStore()
 
     def resolve(self, adapter_id: str) -> Version:
         if adapter_id == "missing":
             raise AdapterNotFound(f"no adapter is named {adapter_id!r}")
-        return Version(adapter_id, f"sha256:{adapter_id}", Path("/adapters") / adapter_id, (), cast(Manifest, None))
+        path = self.store.paths[f"sha256:{adapter_id}"] = Path("/adapters") / adapter_id
+        return Version(adapter_id, f"sha256:{adapter_id}", path, (), cast(Manifest, None))
 
 
 def base_model(directory: Path) -> BaseModel:
@@ -107,7 +135,11 @@ def base_model(directory: Path) -> BaseModel:
 
 
 def make_frontend(
-    directory: Path, *engine_options: str, backoff: Backoff | None = None, **settings: Any
+    directory: Path,
+    *engine_options: str,
+    backoff: Backoff | None = None,
+    registry: Registry | None = None,
+    **settings: Any,
 ) -> tuple[Frontend, Recorder]:
     recorder = Recorder()
     engine = EngineConfig(base_path=str(directory), base_digest="sha256:base")
@@ -115,7 +147,7 @@ def make_frontend(
     frontend = Frontend(
         config,
         base_model(directory),
-        FakeRegistry(),
+        cast(Registry, FakeRegistry()) if registry is None else registry,
         recorder,
         engine_command=(*FAKE_ENGINE, *engine_options),
         backoff=backoff,

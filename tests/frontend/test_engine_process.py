@@ -40,7 +40,7 @@ def test_a_lost_engine_ends_its_streams_and_calls_and_is_started_again(tmp_path:
                 with pytest.raises(EngineUnavailable):
                     await task
             assert not frontend.ready
-            assert frontend.residency("sha256:pirate") == "disk"
+            assert frontend.residency("sha256:pirate").fastest == "disk"
             with pytest.raises(EngineUnavailable):
                 await collect(frontend, request("hi"))
             await recorder.until(lambda: len(recorder.named("engine_started")) == 2)

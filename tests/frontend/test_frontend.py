@@ -230,15 +230,15 @@ def test_an_error_of_the_engine_is_raised_as_what_it_was(
 def test_adapters_are_loaded_and_dropped(tmp_path: Path) -> None:
     async def test() -> None:
         async with started(tmp_path) as (frontend, recorder):
-            assert frontend.residency("sha256:pirate") == "disk"
+            assert frontend.residency("sha256:pirate").fastest == "disk"
             assert (await frontend.load_adapter("pirate")).digest == "sha256:pirate"
-            assert frontend.residency("sha256:pirate") == "device"
+            assert frontend.residency("sha256:pirate").fastest == "device"
             async with aclosing(frontend.generate(request([HOLD, *ids("x")], adapter="pirate"))) as generation:
                 await anext(generation)
                 with pytest.raises(AdapterInUse):
                     await frontend.unload_adapter("pirate")
             await frontend.unload_adapter("pirate")
-            assert frontend.residency("sha256:pirate") == "disk"
+            assert frontend.residency("sha256:pirate").fastest == "disk"
             assert [call["residency"] for call in recorder.named("first_token")] == ["device"]
             with pytest.raises(InvalidAdapter, match="lora_A has a NaN") as caught:
                 await frontend.load_adapter("broken")

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,15 +13,15 @@ import grpc
 from adapters.errors import AdapterNotFound
 from adapters.manifest import Manifest, TrainingInfo
 from adapters.registry import AdapterEntry
-from adapters.store import Version
+from adapters.versions import Version
 from lorikeet.v1.adapter_pb2_grpc import AdapterServiceStub
 from lorikeet.v1.inference_pb2_grpc import InferenceServiceStub
 from lorikeet.v1.server_pb2_grpc import ServerServiceStub
 from server.base.resolve import BaseModel
 from server.base.spec import ModelSpec
 from server.config import EngineConfig, ServeConfig
-from server.engine.messages import Ready, Timings
-from server.frontend.types import Delta, GenerateRequest, Usage
+from server.engine.messages import CallProgress, Ready, ResidentAdapter, Timings
+from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency, Usage
 from server.metrics import Metrics
 from server.rpc.lifecycle import run
 
@@ -55,7 +55,11 @@ class FakeBackend:
     script: Script = say_hello
     requests: list[GenerateRequest] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
-    unloaded: list[str] = field(default_factory=list)
+    unloaded: list[tuple[str, bool]] = field(default_factory=list)
+    deleted: list[tuple[str, str | None, bool]] = field(default_factory=list)
+    stages: list[CallProgress] = field(default_factory=list)  # told by a load or an unload
+    hangs: bool = False  # after that
+    pinned: bool = False
     stops: list[float] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # a generation ended, however it ended
     starting: asyncio.Event | None = None  # `start` waits for it
@@ -103,20 +107,50 @@ class FakeBackend:
         finally:
             self.closed.set()
 
-    async def load_adapter(self, adapter_id: str) -> Version:
+    async def load_adapter(
+        self, adapter_id: str, *, pin: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
         self.loaded.append(adapter_id)
-        if self.call_error is not None:
-            raise self.call_error
+        await self._work(on_progress)
+        self.pinned = self.pinned or pin
         return a_version(adapter_id)
 
-    async def unload_adapter(self, adapter_id: str) -> Version:
-        self.unloaded.append(adapter_id)
-        if self.call_error is not None:
-            raise self.call_error
+    async def unload_adapter(
+        self, adapter_id: str, *, drain: bool = False, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
+        self.unloaded.append((adapter_id, drain))
+        await self._work(on_progress)
+        self.loaded.clear()
         return a_version(adapter_id)
 
-    def residency(self, digest: str) -> str:
-        return "device" if self.loaded else "disk"
+    async def unpin_adapter(self, adapter_id: str) -> Version:
+        self.pinned = False
+        return a_version(adapter_id)
+
+    async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]:
+        self.deleted.append((name, digest, drain))
+        if self.call_error is not None:
+            raise self.call_error
+        return [digest or DIGEST]
+
+    async def _work(self, on_progress: OnProgress) -> None:
+        for progress in self.stages:
+            on_progress(progress)
+            await asyncio.sleep(0)
+        if self.hangs:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.closed.set()
+        if self.call_error is not None:
+            raise self.call_error
+
+    def residency(self, digest: str) -> Residency:
+        if not self.loaded:
+            return Residency()
+        return Residency(
+            (ResidentAdapter(digest, "device", 8192, 2, self.pinned), ResidentAdapter(digest, "host", 4096, 0))
+        )
 
 
 def a_version(name: str) -> Version:
@@ -138,15 +172,31 @@ def a_version(name: str) -> Version:
     return Version(name=name, digest=DIGEST, path=Path("unused"), labels=("latest", "prod"), manifest=manifest)
 
 
-class FakeRegistry:
+@dataclass
+class FakeCatalog:
     """Knows "pirate" and "json"; a page token is the name it begins at."""
 
-    def resolve(self, adapter_id: str) -> Version:
+    moves: list[tuple[str | None, ...]] = field(default_factory=list)
+    error: Exception | None = None
+
+    async def resolve(self, adapter_id: str) -> Version:
         if adapter_id not in ("pirate", "json"):
             raise AdapterNotFound(f"no adapter {adapter_id!r}")
         return a_version(adapter_id)
 
-    def list(self, page_size: int, page_token: str) -> tuple[list[AdapterEntry], str]:
+    async def move_label(self, name: str, label: str, digest: str, expected: str | None) -> Version:
+        return self._move("move", name, label, digest, expected)
+
+    async def rollback(self, name: str, label: str, expected: str | None) -> Version:
+        return self._move("rollback", name, label, expected)
+
+    def _move(self, *asked: str | None) -> Version:
+        self.moves.append(asked)
+        if self.error is not None:
+            raise self.error
+        return a_version(str(asked[1]))
+
+    async def list(self, page_size: int, page_token: str) -> tuple[Sequence[AdapterEntry], str]:
         names = [name for name in ("json", "pirate") if name >= page_token]
         entries = [
             AdapterEntry(name=name, version=a_version(name), labels={}, digests=(DIGEST,), matches_base=True)
@@ -218,7 +268,9 @@ def interrupt() -> None:
 
 
 @asynccontextmanager
-async def serving(backend: FakeBackend, **settings: object) -> AsyncIterator[Running]:
+async def serving(
+    backend: FakeBackend, catalog: FakeCatalog | None = None, **settings: object
+) -> AsyncIterator[Running]:
     """A server with CONFIG and `settings`, stopped by SIGTERM at the end."""
     started: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
     metrics = Metrics()
@@ -227,7 +279,7 @@ async def serving(backend: FakeBackend, **settings: object) -> AsyncIterator[Run
             replace(CONFIG, **settings),  # type: ignore[arg-type]
             BASE,
             backend,
-            FakeRegistry(),
+            catalog or FakeCatalog(),
             metrics,
             on_started=lambda port, metrics_port: started.set_result((port, metrics_port)),
         )

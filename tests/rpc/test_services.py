@@ -390,7 +390,7 @@ def test_load_and_unload_reach_the_backend() -> None:
             loaded = await running.adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id="pirate"))
             assert loaded.adapter.residency == adapter_pb2.Adapter.RESIDENCY_DEVICE
             await running.adapters.UnloadAdapter(adapter_pb2.UnloadAdapterRequest(adapter_id="pirate"))
-            assert (backend.loaded, backend.unloaded) == (["pirate"], ["pirate"])
+            assert (backend.loaded, backend.unloaded) == ([], [("pirate", False)])
             code, _, details = await failure(
                 running.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter_id="nobody"))
             )

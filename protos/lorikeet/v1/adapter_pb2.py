@@ -25,33 +25,69 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorikeet/v1/adapter.proto\x12\x0blorikeet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x96\x03\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12\x16\n\x0enum_parameters\x18\n \x01(\x04\x12\x0e\n\x06method\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresidency\x18\r \x01(\x0e\x32\x1e.lorikeet.v1.Adapter.Residency\"d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCY_DISK\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lorikeet.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"(\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"*\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\">\n\x15UnloadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter2\xde\x02\n\x0e\x41\x64\x61pterService\x12S\n\x0cListAdapters\x12 .lorikeet.v1.ListAdaptersRequest\x1a!.lorikeet.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.lorikeet.v1.GetAdapterRequest\x1a\x1f.lorikeet.v1.GetAdapterResponse\x12P\n\x0bLoadAdapter\x12\x1f.lorikeet.v1.LoadAdapterRequest\x1a .lorikeet.v1.LoadAdapterResponse\x12V\n\rUnloadAdapter\x12!.lorikeet.v1.UnloadAdapterRequest\x1a\".lorikeet.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19lorikeet/v1/adapter.proto\x12\x0blorikeet.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb3\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06labels\x18\x03 \x03(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12\x0c\n\x04rank\x18\x05 \x01(\r\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x16\n\x0etarget_modules\x18\x07 \x03(\t\x12\r\n\x05\x64type\x18\x08 \x01(\t\x12\x12\n\nsize_bytes\x18\t \x01(\x04\x12\x16\n\x0enum_parameters\x18\n \x01(\x04\x12\x0e\n\x06method\x18\x0b \x01(\t\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\tresidency\x18\r \x01(\x0e\x32\x1e.lorikeet.v1.Adapter.Residency\x12(\n\x05tiers\x18\x0e \x03(\x0b\x32\x19.lorikeet.v1.Adapter.Tier\x12\x0e\n\x06pinned\x18\x0f \x01(\x08\x1a\x61\n\x04Tier\x12\x31\n\tresidency\x18\x01 \x01(\x0e\x32\x1e.lorikeet.v1.Adapter.Residency\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_leases\x18\x03 \x01(\r\"d\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCY_DISK\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03\"\xf5\x01\n\x08Progress\x12*\n\x05stage\x18\x01 \x01(\x0e\x32\x1b.lorikeet.v1.Progress.Stage\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x93\x01\n\x05Stage\x12\x15\n\x11STAGE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTAGE_FETCHING\x10\x01\x12\x11\n\rSTAGE_READING\x10\x02\x12\x11\n\rSTAGE_WAITING\x10\x03\x12\x11\n\rSTAGE_COPYING\x10\x04\x12\x12\n\x0eSTAGE_CHECKING\x10\x05\x12\x12\n\x0eSTAGE_DRAINING\x10\x06\"<\n\x13ListAdaptersRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListAdaptersResponse\x12&\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x14.lorikeet.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x11GetAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\";\n\x12GetAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"(\n\x12LoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"<\n\x13LoadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\".\n\x18StreamLoadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"x\n\x19StreamLoadAdapterResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.lorikeet.v1.ProgressH\x00\x12\'\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.lorikeet.v1.AdapterH\x00\x42\x07\n\x05\x65vent\"Q\n\x14UnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12%\n\x04mode\x18\x02 \x01(\x0e\x32\x17.lorikeet.v1.UnloadMode\">\n\x15UnloadAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"W\n\x1aStreamUnloadAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12%\n\x04mode\x18\x02 \x01(\x0e\x32\x17.lorikeet.v1.UnloadMode\"z\n\x1bStreamUnloadAdapterResponse\x12)\n\x08progress\x18\x01 \x01(\x0b\x32\x15.lorikeet.v1.ProgressH\x00\x12\'\n\x07\x61\x64\x61pter\x18\x02 \x01(\x0b\x32\x14.lorikeet.v1.AdapterH\x00\x42\x07\n\x05\x65vent\"\'\n\x11PinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\";\n\x12PinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\")\n\x13UnpinAdapterRequest\x12\x12\n\nadapter_id\x18\x01 \x01(\t\"=\n\x14UnpinAdapterResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"x\n\x17MoveAdapterLabelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x1c\n\x0f\x65xpected_digest\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_digest\"A\n\x18MoveAdapterLabelResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"l\n\x1bRollbackAdapterLabelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x1c\n\x0f\x65xpected_digest\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\x12\n\x10_expected_digest\"E\n\x1cRollbackAdapterLabelResponse\x12%\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x14.lorikeet.v1.Adapter\"[\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12%\n\x04mode\x18\x03 \x01(\x0e\x32\x17.lorikeet.v1.UnloadMode\"(\n\x15\x44\x65leteAdapterResponse\x12\x0f\n\x07\x64igests\x18\x01 \x03(\t*X\n\nUnloadMode\x12\x1b\n\x17UNLOAD_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12UNLOAD_MODE_REFUSE\x10\x01\x12\x15\n\x11UNLOAD_MODE_DRAIN\x10\x02\x32\xfa\x07\n\x0e\x41\x64\x61pterService\x12S\n\x0cListAdapters\x12 .lorikeet.v1.ListAdaptersRequest\x1a!.lorikeet.v1.ListAdaptersResponse\x12M\n\nGetAdapter\x12\x1e.lorikeet.v1.GetAdapterRequest\x1a\x1f.lorikeet.v1.GetAdapterResponse\x12P\n\x0bLoadAdapter\x12\x1f.lorikeet.v1.LoadAdapterRequest\x1a .lorikeet.v1.LoadAdapterResponse\x12\x64\n\x11StreamLoadAdapter\x12%.lorikeet.v1.StreamLoadAdapterRequest\x1a&.lorikeet.v1.StreamLoadAdapterResponse0\x01\x12V\n\rUnloadAdapter\x12!.lorikeet.v1.UnloadAdapterRequest\x1a\".lorikeet.v1.UnloadAdapterResponse\x12j\n\x13StreamUnloadAdapter\x12\'.lorikeet.v1.StreamUnloadAdapterRequest\x1a(.lorikeet.v1.StreamUnloadAdapterResponse0\x01\x12M\n\nPinAdapter\x12\x1e.lorikeet.v1.PinAdapterRequest\x1a\x1f.lorikeet.v1.PinAdapterResponse\x12S\n\x0cUnpinAdapter\x12 .lorikeet.v1.UnpinAdapterRequest\x1a!.lorikeet.v1.UnpinAdapterResponse\x12_\n\x10MoveAdapterLabel\x12$.lorikeet.v1.MoveAdapterLabelRequest\x1a%.lorikeet.v1.MoveAdapterLabelResponse\x12k\n\x14RollbackAdapterLabel\x12(.lorikeet.v1.RollbackAdapterLabelRequest\x1a).lorikeet.v1.RollbackAdapterLabelResponse\x12V\n\rDeleteAdapter\x12!.lorikeet.v1.DeleteAdapterRequest\x1a\".lorikeet.v1.DeleteAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorikeet.v1.adapter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_UNLOADMODE']._serialized_start=2489
+  _globals['_UNLOADMODE']._serialized_end=2577
   _globals['_ADAPTER']._serialized_start=76
-  _globals['_ADAPTER']._serialized_end=482
-  _globals['_ADAPTER_RESIDENCY']._serialized_start=382
-  _globals['_ADAPTER_RESIDENCY']._serialized_end=482
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=484
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=544
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=546
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=633
-  _globals['_GETADAPTERREQUEST']._serialized_start=635
-  _globals['_GETADAPTERREQUEST']._serialized_end=674
-  _globals['_GETADAPTERRESPONSE']._serialized_start=676
-  _globals['_GETADAPTERRESPONSE']._serialized_end=735
-  _globals['_LOADADAPTERREQUEST']._serialized_start=737
-  _globals['_LOADADAPTERREQUEST']._serialized_end=777
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=779
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=839
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=841
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=883
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=885
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=947
-  _globals['_ADAPTERSERVICE']._serialized_start=950
-  _globals['_ADAPTERSERVICE']._serialized_end=1300
+  _globals['_ADAPTER']._serialized_end=639
+  _globals['_ADAPTER_TIER']._serialized_start=440
+  _globals['_ADAPTER_TIER']._serialized_end=537
+  _globals['_ADAPTER_RESIDENCY']._serialized_start=539
+  _globals['_ADAPTER_RESIDENCY']._serialized_end=639
+  _globals['_PROGRESS']._serialized_start=642
+  _globals['_PROGRESS']._serialized_end=887
+  _globals['_PROGRESS_STAGE']._serialized_start=740
+  _globals['_PROGRESS_STAGE']._serialized_end=887
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=889
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=949
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=951
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1038
+  _globals['_GETADAPTERREQUEST']._serialized_start=1040
+  _globals['_GETADAPTERREQUEST']._serialized_end=1079
+  _globals['_GETADAPTERRESPONSE']._serialized_start=1081
+  _globals['_GETADAPTERRESPONSE']._serialized_end=1140
+  _globals['_LOADADAPTERREQUEST']._serialized_start=1142
+  _globals['_LOADADAPTERREQUEST']._serialized_end=1182
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=1184
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=1244
+  _globals['_STREAMLOADADAPTERREQUEST']._serialized_start=1246
+  _globals['_STREAMLOADADAPTERREQUEST']._serialized_end=1292
+  _globals['_STREAMLOADADAPTERRESPONSE']._serialized_start=1294
+  _globals['_STREAMLOADADAPTERRESPONSE']._serialized_end=1414
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=1416
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1497
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1499
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1561
+  _globals['_STREAMUNLOADADAPTERREQUEST']._serialized_start=1563
+  _globals['_STREAMUNLOADADAPTERREQUEST']._serialized_end=1650
+  _globals['_STREAMUNLOADADAPTERRESPONSE']._serialized_start=1652
+  _globals['_STREAMUNLOADADAPTERRESPONSE']._serialized_end=1774
+  _globals['_PINADAPTERREQUEST']._serialized_start=1776
+  _globals['_PINADAPTERREQUEST']._serialized_end=1815
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1817
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1876
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1878
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1919
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1921
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1982
+  _globals['_MOVEADAPTERLABELREQUEST']._serialized_start=1984
+  _globals['_MOVEADAPTERLABELREQUEST']._serialized_end=2104
+  _globals['_MOVEADAPTERLABELRESPONSE']._serialized_start=2106
+  _globals['_MOVEADAPTERLABELRESPONSE']._serialized_end=2171
+  _globals['_ROLLBACKADAPTERLABELREQUEST']._serialized_start=2173
+  _globals['_ROLLBACKADAPTERLABELREQUEST']._serialized_end=2281
+  _globals['_ROLLBACKADAPTERLABELRESPONSE']._serialized_start=2283
+  _globals['_ROLLBACKADAPTERLABELRESPONSE']._serialized_end=2352
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2354
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2445
+  _globals['_DELETEADAPTERRESPONSE']._serialized_start=2447
+  _globals['_DELETEADAPTERRESPONSE']._serialized_end=2487
+  _globals['_ADAPTERSERVICE']._serialized_start=2580
+  _globals['_ADAPTERSERVICE']._serialized_end=3598
 # @@protoc_insertion_point(module_scope)

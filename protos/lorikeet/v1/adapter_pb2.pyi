@@ -20,10 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _UnloadMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UnloadModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UnloadMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNLOAD_MODE_UNSPECIFIED: _UnloadMode.ValueType  # 0
+    """As UNLOAD_MODE_REFUSE."""
+    UNLOAD_MODE_REFUSE: _UnloadMode.ValueType  # 1
+    """Nothing: FAILED_PRECONDITION, reason ADAPTER_IN_USE."""
+    UNLOAD_MODE_DRAIN: _UnloadMode.ValueType  # 2
+    """Waits for them, however long they take, and then drops it. Those that come meanwhile wait and load it again."""
+
+class UnloadMode(_UnloadMode, metaclass=_UnloadModeEnumTypeWrapper):
+    """What an unload does when generations use the version."""
+
+UNLOAD_MODE_UNSPECIFIED: UnloadMode.ValueType  # 0
+"""As UNLOAD_MODE_REFUSE."""
+UNLOAD_MODE_REFUSE: UnloadMode.ValueType  # 1
+"""Nothing: FAILED_PRECONDITION, reason ADAPTER_IN_USE."""
+UNLOAD_MODE_DRAIN: UnloadMode.ValueType  # 2
+"""Waits for them, however long they take, and then drops it. Those that come meanwhile wait and load it again."""
+Global___UnloadMode: _TypeAlias = UnloadMode  # noqa: Y015
+
 @_typing.final
 class Adapter(_message.Message):
-    """One published version of an adapter. What it is follows from its digest and never changes; `labels` and
-    `residency` are of the moment.
+    """One published version of an adapter. What it is follows from its digest and never changes; `labels`, `residency`,
+    `tiers` and `pinned` are of the moment.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -55,6 +79,34 @@ class Adapter(_message.Message):
     RESIDENCY_DEVICE: Adapter.Residency.ValueType  # 3
     """In the device's memory: served without a wait."""
 
+    @_typing.final
+    class Tier(_message.Message):
+        """A memory that holds an adapter."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        RESIDENCY_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        NUM_LEASES_FIELD_NUMBER: _builtins.int
+        residency: Global___Adapter.Residency.ValueType
+        """Which."""
+        size_bytes: _builtins.int
+        """What it takes there, in bytes."""
+        num_leases: _builtins.int
+        """Generations that run with it."""
+        def __init__(
+            self,
+            *,
+            residency: Global___Adapter.Residency.ValueType = ...,
+            size_bytes: _builtins.int = ...,
+            num_leases: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["num_leases", b"num_leases", "residency", b"residency", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
@@ -68,6 +120,8 @@ class Adapter(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
+    TIERS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name it is published under."""
     digest: _builtins.str
@@ -87,7 +141,9 @@ class Adapter(_message.Message):
     method: _builtins.str
     """How it was trained ("lora", "qlora"); empty if unknown."""
     residency: Global___Adapter.Residency.ValueType
-    """Where it is now."""
+    """Where it is now: the fastest memory that holds it."""
+    pinned: _builtins.bool
+    """Whether PinAdapter keeps it in the device's memory."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The labels that point to this version ("latest", …), sorted."""
@@ -99,6 +155,10 @@ class Adapter(_message.Message):
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was published."""
+
+    @_builtins.property
+    def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter.Tier]:
+        """Each memory that holds it now, the fastest first; empty when it is only in the store."""
 
     def __init__(
         self,
@@ -116,14 +176,85 @@ class Adapter(_message.Message):
         method: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         residency: Global___Adapter.Residency.ValueType = ...,
+        tiers: _abc.Iterable[Global___Adapter.Tier] | None = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tiers", b"tiers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """How far a load or an unload is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Stage:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Progress._Stage.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        STAGE_UNSPECIFIED: Progress._Stage.ValueType  # 0
+        """Not known."""
+        STAGE_FETCHING: Progress._Stage.ValueType  # 1
+        """From a remote store to the server's disk."""
+        STAGE_READING: Progress._Stage.ValueType  # 2
+        """From the disk into the host's memory, with every check of the files."""
+        STAGE_WAITING: Progress._Stage.ValueType  # 3
+        """For room in the device's memory."""
+        STAGE_COPYING: Progress._Stage.ValueType  # 4
+        """From the host's memory into the device's."""
+        STAGE_CHECKING: Progress._Stage.ValueType  # 5
+        """That it does what its tensors say, by a trial on the device."""
+        STAGE_DRAINING: Progress._Stage.ValueType  # 6
+        """An unload waits for generations to end."""
+
+    class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
+        """The stages in their order; none is certain to be seen."""
+
+    STAGE_UNSPECIFIED: Progress.Stage.ValueType  # 0
+    """Not known."""
+    STAGE_FETCHING: Progress.Stage.ValueType  # 1
+    """From a remote store to the server's disk."""
+    STAGE_READING: Progress.Stage.ValueType  # 2
+    """From the disk into the host's memory, with every check of the files."""
+    STAGE_WAITING: Progress.Stage.ValueType  # 3
+    """For room in the device's memory."""
+    STAGE_COPYING: Progress.Stage.ValueType  # 4
+    """From the host's memory into the device's."""
+    STAGE_CHECKING: Progress.Stage.ValueType  # 5
+    """That it does what its tensors say, by a trial on the device."""
+    STAGE_DRAINING: Progress.Stage.ValueType  # 6
+    """An unload waits for generations to end."""
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    stage: Global___Progress.Stage.ValueType
+    """What is being done."""
+    done_bytes: _builtins.int
+    """Of the stage, in bytes; 0 where that cannot be said."""
+    total_bytes: _builtins.int
+    """Of the stage, in bytes; 0 where that is not known."""
+    def __init__(
+        self,
+        *,
+        stage: Global___Progress.Stage.ValueType = ...,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "stage", b"stage", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
@@ -272,8 +403,8 @@ class LoadAdapterResponse(_message.Message):
 Global___LoadAdapterResponse: _TypeAlias = LoadAdapterResponse  # noqa: Y015
 
 @_typing.final
-class UnloadAdapterRequest(_message.Message):
-    """Asks to drop a version from memory."""
+class StreamLoadAdapterRequest(_message.Message):
+    """Asks to make a version resident. The fields are those of LoadAdapterRequest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -288,6 +419,64 @@ class UnloadAdapterRequest(_message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamLoadAdapterRequest: _TypeAlias = StreamLoadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class StreamLoadAdapterResponse(_message.Message):
+    """How far the load is, or its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """How far it is."""
+
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version that is resident now."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___Progress | None = ...,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___StreamLoadAdapterResponse: _TypeAlias = StreamLoadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnloadAdapterRequest(_message.Message):
+    """Asks to drop a version from memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`."""
+    mode: Global___UnloadMode.ValueType
+    """What to do when generations use it."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        mode: Global___UnloadMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "mode", b"mode"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,3 +505,323 @@ class UnloadAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnloadAdapterResponse: _TypeAlias = UnloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class StreamUnloadAdapterRequest(_message.Message):
+    """Asks to drop a version from memory. The fields are those of UnloadAdapterRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`."""
+    mode: Global___UnloadMode.ValueType
+    """What to do when generations use it."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        mode: Global___UnloadMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamUnloadAdapterRequest: _TypeAlias = StreamUnloadAdapterRequest  # noqa: Y015
+
+@_typing.final
+class StreamUnloadAdapterResponse(_message.Message):
+    """How far the unload is, or its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """How far it is."""
+
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version that was dropped."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___Progress | None = ...,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___StreamUnloadAdapterResponse: _TypeAlias = StreamUnloadAdapterResponse  # noqa: Y015
+
+@_typing.final
+class PinAdapterRequest(_message.Message):
+    """Asks to keep a version resident."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`; what the label means later is another version."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterRequest: _TypeAlias = PinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class PinAdapterResponse(_message.Message):
+    """The version that is resident and pinned now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinAdapterResponse: _TypeAlias = PinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterRequest(_message.Message):
+    """Asks to let a version be dropped again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_id", b"adapter_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterRequest: _TypeAlias = UnpinAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnpinAdapterResponse(_message.Message):
+    """The version that is not pinned any more; it stays in memory until others need the room."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class MoveAdapterLabelRequest(_message.Message):
+    """Asks to point a label to a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    label: _builtins.str
+    """The label; a new one is made."""
+    digest: _builtins.str
+    """The version to point to, `sha256:<64 hex digits>`: one of this name's."""
+    expected_digest: _builtins.str
+    """Where the label has to be now; empty: nowhere. Absent: wherever it is, it is moved."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        expected_digest: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "expected_digest", b"expected_digest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "digest", b"digest", "expected_digest", b"expected_digest", "label", b"label", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
+    _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
+
+Global___MoveAdapterLabelRequest: _TypeAlias = MoveAdapterLabelRequest  # noqa: Y015
+
+@_typing.final
+class MoveAdapterLabelResponse(_message.Message):
+    """The version that the label points to now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MoveAdapterLabelResponse: _TypeAlias = MoveAdapterLabelResponse  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterLabelRequest(_message.Message):
+    """Asks to take back the last move of a label."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    label: _builtins.str
+    """The label; empty is "latest"."""
+    expected_digest: _builtins.str
+    """Where the label has to be now. Absent: wherever it is, it is moved."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str = ...,
+        expected_digest: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "expected_digest", b"expected_digest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest", "expected_digest", b"expected_digest", "label", b"label", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_digest: _TypeAlias = _typing.Literal["expected_digest"]  # noqa: Y015
+    _WhichOneofArgType__expected_digest: _TypeAlias = _typing.Literal["_expected_digest", b"_expected_digest"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_digest) -> _WhichOneofReturnType__expected_digest | None: ...
+
+Global___RollbackAdapterLabelRequest: _TypeAlias = RollbackAdapterLabelRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAdapterLabelResponse(_message.Message):
+    """The version that the label points to now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAdapterLabelResponse: _TypeAlias = RollbackAdapterLabelResponse  # noqa: Y015
+
+@_typing.final
+class DeleteAdapterRequest(_message.Message):
+    """Asks to delete an adapter or one version of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The adapter's name."""
+    digest: _builtins.str
+    """One version, `sha256:<64 hex digits>`; empty: all, and the name."""
+    mode: Global___UnloadMode.ValueType
+    """What to do when generations use it."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        mode: Global___UnloadMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "mode", b"mode", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAdapterRequest: _TypeAlias = DeleteAdapterRequest  # noqa: Y015
+
+@_typing.final
+class DeleteAdapterResponse(_message.Message):
+    """What was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The versions that the name has no more."""
+
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015

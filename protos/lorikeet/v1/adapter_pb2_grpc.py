@@ -29,6 +29,9 @@ class AdapterServiceStub:
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
 
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
+
     Errors are those of InferenceService.
     """
 
@@ -53,16 +56,54 @@ class AdapterServiceStub:
                 request_serializer=lorikeet_dot_v1_dot_adapter__pb2.LoadAdapterRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.LoadAdapterResponse.FromString,
                 _registered_method=True)
+        self.StreamLoadAdapter = channel.unary_stream(
+                '/lorikeet.v1.AdapterService/StreamLoadAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterResponse.FromString,
+                _registered_method=True)
         self.UnloadAdapter = channel.unary_unary(
                 '/lorikeet.v1.AdapterService/UnloadAdapter',
                 request_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.StreamUnloadAdapter = channel.unary_stream(
+                '/lorikeet.v1.AdapterService/StreamUnloadAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/PinAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/UnpinAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.MoveAdapterLabel = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/MoveAdapterLabel',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelResponse.FromString,
+                _registered_method=True)
+        self.RollbackAdapterLabel = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/RollbackAdapterLabel',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelResponse.FromString,
+                _registered_method=True)
+        self.DeleteAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/DeleteAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
 
 
 class AdapterServiceServicer:
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
+
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
 
     Errors are those of InferenceService.
     """
@@ -82,14 +123,68 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Makes a version resident; returns when it is.
+        """Makes a version resident; returns when it is. Cancelling the call does not stop the load.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamLoadAdapter(self, request, context):
+        """The same, told as it goes on; the last message has the adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Drops a version from memory. FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it.
+        """Drops a version from memory, pinned or not; it stays in the store. FAILED_PRECONDITION (reason ADAPTER_IN_USE)
+        while generations use it, unless `mode` says to wait for their end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamUnloadAdapter(self, request, context):
+        """The same, told as it goes on; the last message has the adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """Makes a version resident, and keeps it so until it is unpinned, unloaded or the engine is started again: it is
+        not dropped to make room for others. RESOURCE_EXHAUSTED where it cannot have room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Lets a version be dropped again when others need the room. One that is not pinned is fine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveAdapterLabel(self, request, context):
+        """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
+        `expected_digest`: look again, then decide.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAdapterLabel(self, request, context):
+        """Points a label to where it was before its last move; doing it again undoes it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAdapter(self, request, context):
+        """Takes an adapter, or one version of it, out of the store and out of memory: no new generation finds it.
+        FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it, unless `mode` says to wait for their end,
+        and for a version that labels point to. Its files stay until they are collected (`lorikeet adapters gc`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,10 +208,45 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.LoadAdapterRequest.FromString,
                     response_serializer=lorikeet_dot_v1_dot_adapter__pb2.LoadAdapterResponse.SerializeToString,
             ),
+            'StreamLoadAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamLoadAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterResponse.SerializeToString,
+            ),
             'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.UnloadAdapter,
                     request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'StreamUnloadAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamUnloadAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.PinAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'MoveAdapterLabel': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveAdapterLabel,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelResponse.SerializeToString,
+            ),
+            'RollbackAdapterLabel': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapterLabel,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelResponse.SerializeToString,
+            ),
+            'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -129,6 +259,9 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService:
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
+
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
 
     Errors are those of InferenceService.
     """
@@ -215,6 +348,33 @@ class AdapterService:
             _registered_method=True)
 
     @staticmethod
+    def StreamLoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/StreamLoadAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.StreamLoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def UnloadAdapter(request,
             target,
             options=(),
@@ -231,6 +391,168 @@ class AdapterService:
             '/lorikeet.v1.AdapterService/UnloadAdapter',
             lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterRequest.SerializeToString,
             lorikeet_dot_v1_dot_adapter__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/StreamUnloadAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.StreamUnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/PinAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/UnpinAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveAdapterLabel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/MoveAdapterLabel',
+            lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAdapterLabel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/RollbackAdapterLabel',
+            lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.RollbackAdapterLabelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/DeleteAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

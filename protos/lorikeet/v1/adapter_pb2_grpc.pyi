@@ -30,6 +30,9 @@ class AdapterServiceStub:
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
 
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
+
     Errors are those of InferenceService.
     """
 
@@ -42,14 +45,40 @@ class AdapterServiceStub:
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """One version of an adapter."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]
-    """Makes a version resident; returns when it is."""
+    """Makes a version resident; returns when it is. Cancelling the call does not stop the load."""
+    StreamLoadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.StreamLoadAdapterRequest, _adapter_pb2.StreamLoadAdapterResponse]
+    """The same, told as it goes on; the last message has the adapter."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]
-    """Drops a version from memory. FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it."""
+    """Drops a version from memory, pinned or not; it stays in the store. FAILED_PRECONDITION (reason ADAPTER_IN_USE)
+    while generations use it, unless `mode` says to wait for their end.
+    """
+    StreamUnloadAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.StreamUnloadAdapterRequest, _adapter_pb2.StreamUnloadAdapterResponse]
+    """The same, told as it goes on; the last message has the adapter."""
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]
+    """Makes a version resident, and keeps it so until it is unpinned, unloaded or the engine is started again: it is
+    not dropped to make room for others. RESOURCE_EXHAUSTED where it cannot have room.
+    """
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
+    """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+    MoveAdapterLabel: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MoveAdapterLabelRequest, _adapter_pb2.MoveAdapterLabelResponse]
+    """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
+    `expected_digest`: look again, then decide.
+    """
+    RollbackAdapterLabel: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RollbackAdapterLabelRequest, _adapter_pb2.RollbackAdapterLabelResponse]
+    """Points a label to where it was before its last move; doing it again undoes it."""
+    DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
+    """Takes an adapter, or one version of it, out of the store and out of memory: no new generation finds it.
+    FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it, unless `mode` says to wait for their end,
+    and for a version that labels point to. Its files stay until they are collected (`lorikeet adapters gc`).
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
+
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
 
     Errors are those of InferenceService.
     """
@@ -60,13 +89,39 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """One version of an adapter."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Makes a version resident; returns when it is."""
+    """Makes a version resident; returns when it is. Cancelling the call does not stop the load."""
+    StreamLoadAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.StreamLoadAdapterRequest, _adapter_pb2.StreamLoadAdapterResponse]  # type: ignore[assignment]
+    """The same, told as it goes on; the last message has the adapter."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """Drops a version from memory. FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it."""
+    """Drops a version from memory, pinned or not; it stays in the store. FAILED_PRECONDITION (reason ADAPTER_IN_USE)
+    while generations use it, unless `mode` says to wait for their end.
+    """
+    StreamUnloadAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.StreamUnloadAdapterRequest, _adapter_pb2.StreamUnloadAdapterResponse]  # type: ignore[assignment]
+    """The same, told as it goes on; the last message has the adapter."""
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """Makes a version resident, and keeps it so until it is unpinned, unloaded or the engine is started again: it is
+    not dropped to make room for others. RESOURCE_EXHAUSTED where it cannot have room.
+    """
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+    MoveAdapterLabel: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MoveAdapterLabelRequest, _adapter_pb2.MoveAdapterLabelResponse]  # type: ignore[assignment]
+    """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
+    `expected_digest`: look again, then decide.
+    """
+    RollbackAdapterLabel: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RollbackAdapterLabelRequest, _adapter_pb2.RollbackAdapterLabelResponse]  # type: ignore[assignment]
+    """Points a label to where it was before its last move; doing it again undoes it."""
+    DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
+    """Takes an adapter, or one version of it, out of the store and out of memory: no new generation finds it.
+    FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it, unless `mode` says to wait for their end,
+    and for a version that labels point to. Its files stay until they are collected (`lorikeet adapters gc`).
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lists adapters and moves them in and out of memory. A generation loads its adapter by itself: LoadAdapter only
     spares the first one the wait.
+
+    Generations are not disturbed by any of this: each finishes on the version that its adapter_id meant when it came,
+    and its response says which.
 
     Errors are those of InferenceService.
     """
@@ -93,7 +148,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.LoadAdapterResponse, _abc.Awaitable[_adapter_pb2.LoadAdapterResponse]]:
-        """Makes a version resident; returns when it is."""
+        """Makes a version resident; returns when it is. Cancelling the call does not stop the load."""
+
+    @_abc_1.abstractmethod
+    def StreamLoadAdapter(
+        self,
+        request: _adapter_pb2.StreamLoadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.StreamLoadAdapterResponse], _abc.AsyncIterator[_adapter_pb2.StreamLoadAdapterResponse]]:
+        """The same, told as it goes on; the last message has the adapter."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -101,6 +164,63 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_pb2.UnloadAdapterResponse]]:
-        """Drops a version from memory. FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it."""
+        """Drops a version from memory, pinned or not; it stays in the store. FAILED_PRECONDITION (reason ADAPTER_IN_USE)
+        while generations use it, unless `mode` says to wait for their end.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamUnloadAdapter(
+        self,
+        request: _adapter_pb2.StreamUnloadAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.StreamUnloadAdapterResponse], _abc.AsyncIterator[_adapter_pb2.StreamUnloadAdapterResponse]]:
+        """The same, told as it goes on; the last message has the adapter."""
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapter_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.PinAdapterResponse, _abc.Awaitable[_adapter_pb2.PinAdapterResponse]]:
+        """Makes a version resident, and keeps it so until it is unpinned, unloaded or the engine is started again: it is
+        not dropped to make room for others. RESOURCE_EXHAUSTED where it cannot have room.
+        """
+
+    @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _adapter_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapter_pb2.UnpinAdapterResponse]]:
+        """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+
+    @_abc_1.abstractmethod
+    def MoveAdapterLabel(
+        self,
+        request: _adapter_pb2.MoveAdapterLabelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.MoveAdapterLabelResponse, _abc.Awaitable[_adapter_pb2.MoveAdapterLabelResponse]]:
+        """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
+        `expected_digest`: look again, then decide.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackAdapterLabel(
+        self,
+        request: _adapter_pb2.RollbackAdapterLabelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.RollbackAdapterLabelResponse, _abc.Awaitable[_adapter_pb2.RollbackAdapterLabelResponse]]:
+        """Points a label to where it was before its last move; doing it again undoes it."""
+
+    @_abc_1.abstractmethod
+    def DeleteAdapter(
+        self,
+        request: _adapter_pb2.DeleteAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
+        """Takes an adapter, or one version of it, out of the store and out of memory: no new generation finds it.
+        FAILED_PRECONDITION (reason ADAPTER_IN_USE) while generations use it, unless `mode` says to wait for their end,
+        and for a version that labels point to. Its files stay until they are collected (`lorikeet adapters gc`).
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,151 @@
+"""What is counted and timed, one method for each thing that happens."""
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from server.engine.messages import Ready, Stats
+from server.metrics.engine import EngineCounters, EngineGauges
+from server.metrics.labels import AdapterLabels
+from server.metrics.processes import Processes
+from server.version import lorikeet_version
+
+# OpenTelemetry's buckets for gen_ai.server.time_to_first_token, .time_per_output_token (and three below them, for
+# small models) and .request.duration: https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
+FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+PER_TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005),
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+)
+DURATION_BUCKETS = tuple(0.01 * 2**i for i in range(14))
+
+
+class Metrics:
+    """All metrics of one server.
+
+    `adapter` arguments are adapter names, "" the base; only names of published adapters may be given, as each
+    becomes a label value (at most `max_adapters` of them, then `_other`). Not thread-safe but for the page.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None, *, max_adapters: int = 100) -> None:
+        self.registry = registry = registry if registry is not None else CollectorRegistry()
+        self._adapter = AdapterLabels(max_adapters)
+        self._processes = Processes()
+        self._counters = EngineCounters(registry)
+        self._gauges = EngineGauges(self._adapter)
+        registry.register(self._processes)
+        registry.register(self._gauges)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"lorikeet_{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"lorikeet_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"lorikeet_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self._first_token = histogram(
+            "time_to_first_token_seconds",
+            "Seconds from a request's arrival to its first token, by where its adapter was on arrival.",
+            FIRST_TOKEN_BUCKETS,
+            *("adapter", "residency"),
+        )
+        self._per_token = histogram(
+            "time_per_output_token_seconds",
+            "Seconds per output token after the first: the mean of a request.",
+            PER_TOKEN_BUCKETS,
+            "adapter",
+        )
+        self._duration = histogram(
+            "request_duration_seconds", "Seconds from a call's arrival to its end.", DURATION_BUCKETS, "method", "code"
+        )
+        self._queue = histogram(
+            "request_queue_seconds", "Seconds a request waited before it ran.", DURATION_BUCKETS, "method", "code"
+        )
+        self._requests = counter("requests", "Calls that ended, by gRPC status code.", "method", "code", "adapter")
+        self._rejected = counter("rejected", "Calls refused before they did anything, by error reason.", "reason")
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts.", "adapter")
+        self._cached_tokens = counter(
+            "prompt_cached_tokens", "Tokens of prompts that came from the prefix cache.", "adapter"
+        )
+        self._generation_tokens = counter("generation_tokens", "Tokens generated.", "adapter")
+        self._engine_restarts = counter("engine_restarts", "Times the engine process was started again.")
+
+        self._engine_info = gauge("engine_info", "1; what the engine runs on.", "device", "dtype")
+        self._draining = gauge("draining", "1 while the server is stopping and takes no new requests.")
+        self._store_up = gauge("store_up", "1 if the store could be read when it was last asked, else 0.")
+        self._store_up.set(1)
+        gauge("build_info", "1; the version that runs.", "version").labels(lorikeet_version()).set(1)
+
+    # From the RPC layer
+
+    def request_done(
+        self, *, method: str, code: str, adapter: str, seconds: float, queue_seconds: float | None
+    ) -> None:
+        """A call ended after `seconds` with the canonical status `code`; `queue_seconds` None if it never ran."""
+        self._requests.labels(method, code, self._adapter(adapter)).inc()
+        self._duration.labels(method, code).observe(seconds)
+        if queue_seconds is not None:
+            self._queue.labels(method, code).observe(queue_seconds)
+
+    def request_without_adapter(self, *, method: str, code: str, seconds: float) -> None:
+        """A call ended that is about no adapter, or whose adapter is not known to exist, so that its name may be
+        anything. Its label is empty, which Prometheus takes for none."""
+        self._requests.labels(method, code, "").inc()
+        self._duration.labels(method, code).observe(seconds)
+
+    def rejected(self, reason: str) -> None:
+        """A call was refused; `reason` is the error's."""
+        self._rejected.labels(reason).inc()
+
+    def draining(self, value: bool) -> None:
+        self._draining.set(value)
+
+    # From the front end
+
+    def first_token(self, *, adapter: str, residency: str, seconds: float) -> None:
+        """`residency` ("device", "host", "disk") is where the adapter was when the request came."""
+        self._first_token.labels(self._adapter(adapter), residency).observe(seconds)
+
+    def output_tokens(self, *, adapter: str, count: int, seconds: float) -> None:
+        """The `count` tokens after a request's first took `seconds` together."""
+        if count > 0:
+            self._per_token.labels(self._adapter(adapter)).observe(seconds / count)
+
+    def prompt_tokens(self, *, adapter: str, count: int, cached: int) -> None:
+        """A prompt of `count` tokens ran, `cached` of them from the prefix cache."""
+        label = self._adapter(adapter)
+        self._prompt_tokens.labels(label).inc(count)
+        self._cached_tokens.labels(label).inc(cached)
+
+    def generation_tokens(self, *, adapter: str, count: int) -> None:
+        self._generation_tokens.labels(self._adapter(adapter)).inc(count)
+
+    def engine_started(self, ready: Ready, pid: int | None = None) -> None:
+        """An engine is ready; its `pid`, if given, adds it to the process metrics."""
+        self._gauges.engine_started(ready)
+        self._engine_info.clear()
+        self._engine_info.labels(ready.device, ready.dtype).set(1)
+        if pid is not None:
+            self._processes.pids["engine"] = pid
+        self._forget_engine()
+
+    def engine_restarted(self) -> None:
+        """The engine was lost and another is being started."""
+        self._engine_restarts.inc()
+        self._forget_engine()
+
+    def engine_stats(self, stats: Stats, names: Mapping[str, str]) -> None:
+        """A snapshot of the engine; `names` has the names of the adapters in it, by digest."""
+        self._counters.update(stats)
+        self._gauges.update(stats, names)
+
+    def store_up(self, value: bool) -> None:
+        """Whether the store could be read just now."""
+        self._store_up.set(value)
+
+    def _forget_engine(self) -> None:
+        """What the last engine held is gone, and the next one counts from zero."""
+        self._counters.engine_changed()
+        self._gauges.engine_lost()
