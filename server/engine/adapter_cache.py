@@ -97,6 +97,7 @@ class AdapterCache:
         entry.leases += 1
         entry.is_claimed = False
         self._resident.move_to_end(digest)
+        self._host.touch(digest)
         return True
 
     def release(self, digest: str) -> None:
@@ -379,7 +380,6 @@ class AdapterCache:
 
     def _evict(self, digest: str) -> None:
         self._pool.free(self._resident.pop(digest).ranges)
-        self._host.touch(digest)
         self.counters.device_evictions += 1
 
     def _remove(self, digest: str) -> None:
