@@ -5,7 +5,8 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from adapters.errors import AdapterError, StoreFull, StoreUnavailable
@@ -49,6 +50,20 @@ def write_file(path: Path, data: bytes, mtime_ns: int | None = None) -> None:
         os.close(fd)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """A file that is the old or the new one whenever it is read; the new one need not outlive a power cut."""
+    fd, name = tempfile.mkstemp(dir=path.parent, prefix=".")
+    try:
+        try:
+            _write_all(fd, data)
+        finally:
+            os.close(fd)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def copy_file(source: int, path: Path) -> None:
     """The bytes of an open file as a new read-only file, on disk when this returns."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
@@ -60,6 +75,23 @@ def copy_file(source: int, path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> str | None:
+    """Chunks as a new read-only file, on disk when this returns; their sha256 in hex, None if they are over `size`."""
+    digest, written = hashlib.sha256(), 0
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444)
+    try:
+        for chunk in chunks:
+            written += len(chunk)
+            if written > size:
+                return None
+            digest.update(chunk)
+            _write_all(fd, chunk)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return digest.hexdigest()
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -19,7 +19,8 @@ Stamp = Hashable
 
 
 class Store(Protocol):
-    """A store on disk (`adapters.store.AdapterStore`), whose docstrings say what each method does and raises."""
+    """A store on disk (`adapters.store.AdapterStore`, whose docstrings say what each method does and raises) or on
+    an S3-compatible service (`adapters.remote.RemoteStore`, where any of them may wait for the network)."""
 
     @property
     def location(self) -> str: ...
@@ -78,12 +79,16 @@ class Store(Protocol):
 
 
 def open_store(location: str | os.PathLike[str] | None = None) -> Store:
-    """The store at a directory; None is the one in the user's data directory.
+    """The store at a directory, or at `s3://bucket/prefix`; None is the one in the user's data directory.
 
-    Reads and writes nothing yet. Raises StoreUnavailable for a URL.
+    Reads and writes nothing yet. Raises StoreUnavailable for another scheme, or one whose library is not installed.
     """
     text = str(default_store_root() if location is None else os.fspath(location))
     scheme, separator, _ = text.partition("://")
     if not separator:
         return AdapterStore(Path(text).expanduser())
-    raise StoreUnavailable(f"--store {text}: {scheme}:// is not supported; use a directory")
+    if scheme != "s3":
+        raise StoreUnavailable(f"--store {text}: {scheme}:// is not supported; use a directory or s3://bucket/prefix")
+    from adapters.remote import open_remote
+
+    return open_remote(text)

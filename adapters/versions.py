@@ -36,10 +36,12 @@ class Version:
 
 @dataclass(slots=True)
 class Collected:
-    """What garbage collection did: the digests it removed, those it would have but for a lease, the bytes freed."""
+    """What garbage collection did: the digests it removed, those it left as they are leased, or too recent to tell
+    from a publication under way (in a remote store), and the bytes freed."""
 
     removed: list[str] = field(default_factory=list)
     leased: list[str] = field(default_factory=list)
+    recent: list[str] = field(default_factory=list)
     freed_bytes: int = 0
 
 
