@@ -15,14 +15,19 @@ from server.engine.engine import Engine
 from server.engine.messages import (
     AdapterRef,
     CallDone,
+    CallProgress,
+    LoadAdapter,
     Output,
     RequestFailed,
     SamplingParams,
+    Stats,
     StepOutputs,
     StopParams,
     Submit,
     ToEngine,
     ToFrontend,
+    UnloadAdapter,
+    UnpinAdapter,
 )
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -35,6 +40,8 @@ class Inbox:
         self.outputs: dict[str, list[Output]] = {}
         self.failed: dict[str, RequestFailed] = {}
         self.calls: dict[str, CallDone] = {}
+        self.progress: list[CallProgress] = []
+        self.stats: list[Stats] = []
 
     def receive(self, timeout: float) -> Iterable[ToEngine]:
         return ()
@@ -48,6 +55,10 @@ class Inbox:
                 self.failed[message.request_id] = message
             case CallDone():
                 self.calls[message.call_id] = message
+            case CallProgress():
+                self.progress.append(message)
+            case Stats():
+                self.stats.append(message)
 
     def tokens(self, request_id: str) -> list[int]:
         return [token for output in self.outputs.get(request_id, []) for token in output.token_ids]
@@ -60,7 +71,7 @@ class Inbox:
 class Driver:
     """Submits to an engine and steps it."""
 
-    def __init__(self, directory: Path, overlap: int = 0, **settings: Any) -> None:
+    def __init__(self, directory: Path, overlap: int | None = 0, **settings: Any) -> None:
         defaults: dict[str, Any] = {
             "kv_cache_bytes": 8 << 20,
             "adapter_cache_bytes": 32 << 20,
@@ -89,6 +100,18 @@ class Driver:
                 time.sleep(0.001)  # an adapter is on its way: leave the interpreter to the thread that reads it
         self.engine.check_integrity()
 
+    def call(self, message: LoadAdapter | UnloadAdapter | UnpinAdapter, seconds: float = 60) -> CallDone:
+        """Step until the call is answered."""
+        self.engine.handle(message)
+        deadline = time.monotonic() + seconds
+        while message.call_id not in self.inbox.calls:
+            assert time.monotonic() < deadline, f"not answered after {seconds} s"
+            self.engine.step()
+            if not self.engine.is_busy:
+                time.sleep(0.001)
+        self.engine.check_integrity()
+        return self.inbox.calls.pop(message.call_id)
+
     def generate(
         self, prompt: list[int], max_tokens: int, adapter: AdapterRef | None = None, **sampling: Any
     ) -> list[int]:
@@ -99,7 +122,7 @@ class Driver:
         return self.inbox.tokens(request_id)
 
 
-def make_adapter(model: PreTrainedModel, directory: Path, seed: int, **config: Any) -> AdapterRef:
+def make_adapter(model: PreTrainedModel, directory: Path, seed: int, std: float = 0.12, **config: Any) -> AdapterRef:
     """A random PEFT adapter of `model`, saved; the model is left as it was."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR, "task_type": "CAUSAL_LM"}
@@ -107,7 +130,7 @@ def make_adapter(model: PreTrainedModel, directory: Path, seed: int, **config: A
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
-                parameter.normal_(std=0.12)
+                parameter.normal_(std=std)
     peft.save_pretrained(directory)
     peft.unload()
     return AdapterRef(f"sha256:{directory.name}", str(directory))
