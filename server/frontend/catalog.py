@@ -1,8 +1,8 @@
 """The store as the event loop may ask it: which version an id means, where its files are, and the moves of labels.
 
 A store on disk is asked in place where one look at a file is all (`resolve`), in a thread where it may be many. A
-remote one is always asked in a thread, its answers are used again for a moment, and while it is away the last ones
-are: what is in memory is served on, and only what would have to be fetched is refused.
+remote one is always asked in a thread, its answers are used again for a moment, and while it is away what is in use
+or in memory is served on, under the names that it had last.
 """
 
 import asyncio
@@ -12,16 +12,18 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol, TypeVar
 
-from adapters.errors import LorikeetError, StoreUnavailable
+from adapters.errors import AdapterNotFound, LorikeetError, StoreUnavailable
 from adapters.ids import parse_adapter_id
 from adapters.registry import AdapterEntry
 from adapters.versions import Version
 from server.frontend.leases import Files, Leases
 
-# How long an answer of a remote store is good, and how long one is waited for, in seconds.
-FRESH_SECONDS = 1.0
+# How long an answer of a remote store is good (which looks only now and then itself), and how long one is waited for,
+# in seconds.
+FRESH_SECONDS = 0.5
 PATIENCE = 10.0
 RETRY_AFTER = 5.0
 
@@ -87,7 +89,7 @@ class Catalog:
     # Reading
 
     async def resolve(self, adapter_id: str) -> Version:
-        """The version an id means now; of a remote store, at most a second ago, or when it was last there. Raises
+        """The version an id means now; of a remote store, a moment ago, or when it was last there. Raises
         InvalidAdapterId, AdapterNotFound, BaseMismatch."""
         if self._store.is_remote:
             version = await self._resolve_remote(adapter_id)
@@ -109,10 +111,17 @@ class Catalog:
         if self._store.is_remote and not self._leases.is_held(version.digest):
             on_fetch()
         async with contextlib.AsyncExitStack() as stack:
-            stack.enter_context(self._counted(version.name, version.digest))
-            with self._watched():
-                path = await stack.enter_async_context(self._leases.hold(version.digest))
+            try:
+                path = await self._enter(version, stack)
+            except AdapterNotFound:  # collected in between: the id may mean another version by now
+                version = await self.resolve(adapter_id)
+                path = await self._enter(version, stack)
             yield replace(version, path=path)
+
+    async def _enter(self, version: Version, stack: contextlib.AsyncExitStack) -> Path:
+        stack.enter_context(self._counted(version.name, version.digest))
+        with self._watched():
+            return await stack.enter_async_context(self._leases.hold(version.digest))
 
     def set_resident(self, digests: Collection[str]) -> None:
         """What the engine has in memory: its files stay, too."""
@@ -165,12 +174,12 @@ class Catalog:
         if asking is None:
             asking = self._asking[adapter_id] = asyncio.create_task(self._look_up(adapter_id, now))
             asking.add_done_callback(lambda done: self._asked(adapter_id, done))
-        if known is not None and not self._is_up:
-            return known.version  # somebody finds out, in the background, when it is back
+        if known is not None and not self._is_up and self._leases.is_held(known.version.digest):
+            return known.version  # the question, in the background, finds out when the store is back
         try:
             return await asyncio.shield(asking)
         except StoreUnavailable:
-            if known is None:
+            if known is None or not self._leases.is_held(known.version.digest):
                 raise
             return known.version
 

@@ -1,5 +1,7 @@
 """Where a serving process is put together: metrics, front end, gRPC."""
 
+import contextlib
+import resource
 from collections.abc import Callable
 
 from adapters.registry import AdapterRegistry
@@ -18,6 +20,14 @@ async def serve(
 
     Raises ConfigError for a port that cannot be had, EngineUnavailable when the engine does not start.
     """
+    _allow_many_files()
     metrics = Metrics()
     backend = Frontend(config, base, registry, metrics)
     await run(config, base, backend, backend.catalog, metrics, on_started=on_started)
+
+
+def _allow_many_files() -> None:
+    """As many open files as this process may have: every connection is one, and every adapter in memory."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -3,7 +3,7 @@
 import msgspec
 from google.protobuf.descriptor import Descriptor
 
-from lorikeet.v1 import common_pb2, inference_pb2, server_pb2
+from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2
 from server.config import EngineConfig, ServeConfig
 from server.engine.messages import Ready, SamplingParams
 
@@ -28,6 +28,12 @@ def test_streamed_and_whole_generations_have_the_same_fields() -> None:
     whole, stream = inference_pb2.GenerateRequest, inference_pb2.StreamGenerateRequest
     assert shape(whole.DESCRIPTOR) == shape(stream.DESCRIPTOR)
     assert shape(inference_pb2.GenerateResponse.DESCRIPTOR) == shape(inference_pb2.StreamGenerateResponse.DESCRIPTOR)
+
+
+def test_streamed_and_whole_loads_and_unloads_ask_for_the_same() -> None:
+    assert shape(adapter_pb2.LoadAdapterRequest.DESCRIPTOR) == shape(adapter_pb2.StreamLoadAdapterRequest.DESCRIPTOR)
+    unload, stream = adapter_pb2.UnloadAdapterRequest, adapter_pb2.StreamUnloadAdapterRequest
+    assert shape(unload.DESCRIPTOR) == shape(stream.DESCRIPTOR)
 
 
 def test_every_sampling_parameter_is_on_the_wire() -> None:
