@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from adapters.errors import InvalidAdapter, StoreUnavailable
 from adapters.ids import DEFAULT_LABEL, check_digest, check_label, parse_adapter_id
 from adapters.manifest import utc_now
-from adapters.records import NameRecord
+from adapters.records import NameRecord, check_expected
 from adapters.versions import Version
 
 Change = Callable[[NameRecord], NameRecord]
@@ -77,6 +77,7 @@ class NamedVersions(ABC):
         """
         target = parse_adapter_id(f"{name}@{check_digest(digest)}")
         check_label(label)
+        check_expected(expected)
 
         def move(record: NameRecord) -> NameRecord:
             record.expect(label, expected)
@@ -90,6 +91,7 @@ class NamedVersions(ABC):
         Raises AdapterNotFound when there is no such version, LabelMoved as `move_label` does.
         """
         check_label(label)
+        check_expected(expected)
 
         def move(record: NameRecord) -> NameRecord:
             record.expect(label, expected)

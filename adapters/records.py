@@ -4,10 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from adapters.errors import AdapterInUse, AdapterNotFound, LabelMoved
-from adapters.ids import DEFAULT_LABEL, AdapterId, is_digest, is_name
+from adapters.ids import DEFAULT_LABEL, AdapterId, check_digest, is_digest, is_name
 
 ABSENT = "absent"  # what to expect of a label that is not to exist yet
 _HISTORY_LENGTH = 256
+
+
+def check_expected(expected: str | None) -> None:
+    """Of a label: a digest, ABSENT, or None for whatever. Raises InvalidAdapterId."""
+    if expected is not None and expected != ABSENT:
+        check_digest(expected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

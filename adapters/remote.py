@@ -24,7 +24,7 @@ from adapters.leases import Lease
 from adapters.manifest import BaseReference, TrainingInfo, utc_now
 from adapters.names import Change, NamedVersions
 from adapters.publication import PublishOptions, prepared
-from adapters.records import NameRecord, published
+from adapters.records import NameRecord, check_expected, published
 from adapters.remote_records import RemoteRecords
 from adapters.remote_versions import RemoteVersions
 from adapters.seen import SeenRecords
@@ -119,6 +119,7 @@ class RemoteStore(NamedVersions):
         """As `AdapterStore.publish`; checked and put into the cache here, then brought to the bucket."""
         check_name(name)
         check_label(label)
+        check_expected(expected)
         base = BaseReference(digest=check_digest(base_digest), name=base_name)
         options = PublishOptions(training, notes, limits, allow_zero, allow_base_mismatch)
         with prepared(self._files, source, base, linears, options) as ready:

@@ -18,7 +18,7 @@ from adapters.leases import Lease
 from adapters.manifest import BaseReference, TrainingInfo, canonical_json, decode_json, utc_now
 from adapters.names import Change, NamedVersions
 from adapters.publication import Prepared, PublishOptions, prepared
-from adapters.records import NameRecord, published
+from adapters.records import NameRecord, check_expected, published
 from adapters.validation import Limits
 from adapters.versions import Collected, Version, VersionFiles
 
@@ -117,6 +117,7 @@ class AdapterStore(NamedVersions):
         """
         check_name(name)
         check_label(label)
+        check_expected(expected)
         base = BaseReference(digest=check_digest(base_digest), name=base_name)
         options = PublishOptions(training, notes, limits, allow_zero, allow_base_mismatch)
         with prepared(self._files, source, base, linears, options) as ready:

@@ -59,7 +59,11 @@ def fit(
         typer.Option(metavar="DIR|HUB_ID", help="The base model. Without it: SmolLM2-135M-Instruct."),
     ] = None,
     store: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The adapter store. Without it: the user's data directory.")
+        str | None,
+        typer.Option(
+            metavar="DIR|S3_URL",
+            help="The adapter store, s3://bucket/prefix too. Without it: the user's data directory.",
+        ),
     ] = None,
     label: Annotated[str, typer.Option(help="The label that will point at the new version.")] = "latest",
     rank: Annotated[int, typer.Option(help="LoRA's rank.")] = DEFAULTS.rank,
@@ -82,7 +86,7 @@ def fit(
 ) -> None:
     """Train an adapter on chat rows, with loss on the assistant's words only, and publish it to the store."""
     from adapters.ids import check_label, check_name
-    from adapters.store import AdapterStore, default_store_root
+    from adapters.stores import open_store
     from server.base.resolve import resolve_base
     from trainer.data import load_dialogues
 
@@ -99,6 +103,7 @@ def fit(
     )
     check_name(name)
     check_label(label)
+    target = open_store(store)
     load_dialogues(data)  # again when training starts: cheap, and refuses before anything is downloaded or loaded
     model = resolve_base(base, _note)
     settings.check_targets(model.spec.linears())
@@ -108,7 +113,7 @@ def fit(
     job = training.Job(data, name, label, method.value, settings, dtype.value, device)
     started = time.perf_counter()
     with _step_display() as on_step:
-        report = training.run(job, model, AdapterStore(store or default_store_root()), _note, on_step)
+        report = training.run(job, model, target, _note, on_step)
     _print_report(report, time.perf_counter() - started, as_json=json)
 
 

@@ -11,7 +11,8 @@ import torch
 
 from adapters.ids import check_label, check_name
 from adapters.manifest import TrainingInfo
-from adapters.store import AdapterStore, Version
+from adapters.stores import Store
+from adapters.versions import Version
 from server.base.resolve import BaseModel
 from trainer.data import load_dialogues
 from trainer.encoding import Encoder, Example
@@ -51,7 +52,7 @@ class Report:
 def run(
     job: Job,
     base: BaseModel,
-    store: AdapterStore,
+    store: Store,
     progress: Callable[[str], None],
     on_step: Callable[[Step], None],
 ) -> Report:

@@ -1,37 +1,46 @@
-"""`lorikeet adapters`: see, publish and move adapters, in a store or on a server."""
+"""`lorikeet adapters`: the commands together, and those that look, in a store or on a server, or ask a server."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli import adapters_store, adapters_transfer
+from server.cli.adapters_fields import COLUMNS, adapter_fields, row, version_details, version_fields
 from server.cli.exits import ExitCode, Failure
-from server.cli.options import DEFAULT_SERVER, Base, Debug, Json, Server, Store, Timeout, help_if_alone
-from server.cli.output import human_size, print_fields, print_json, print_note, print_table, short_digest
+from server.cli.options import DEFAULT_SERVER, AdapterId, Debug, Json, Server, Timeout, help_if_alone
+from server.cli.output import print_fields, print_json, print_note, print_table
 
 if TYPE_CHECKING:
-    from adapters.store import AdapterStore, Version
-    from lorikeet.v1.adapter_pb2 import Adapter
+    from adapters.stores import Store
 
-AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="name, name@label or name@sha256:…")]
 StoreInstead = Annotated[
-    Path | None,
-    typer.Option("--store", metavar="DIR", help="Look into this store; without it a server is asked."),
+    str | None,
+    typer.Option("--store", metavar="DIR|S3_URL", help="Look into this store; without it a server is asked."),
 ]
 _PAGE_SIZE = 1000
-_COLUMNS = ("name", "digest", "labels", "rank", "method", "size", "created", "in")
 
 
 def build_app() -> typer.Typer:
     """The `adapters` commands."""
-    app = typer.Typer(help="List, show, import, load and unload adapters.", rich_markup_mode=None)
+    app = typer.Typer(
+        help="See and manage adapters: in a store (import to gc), and in a server's memory (load to unpin).",
+        rich_markup_mode=None,
+    )
     app.callback(invoke_without_command=True)(help_if_alone)
     app.command("list")(list_adapters)
     app.command("show")(show)
-    app.command("import")(import_adapter)
+    app.command("import")(adapters_transfer.import_adapter)
+    app.command("export")(adapters_transfer.export)
+    app.command("label")(adapters_store.label)
+    app.command("rollback")(adapters_store.rollback)
+    app.command("remove")(adapters_store.remove)
+    app.command("verify")(adapters_store.verify)
+    app.command("gc")(adapters_store.gc)
     app.command("load")(load)
     app.command("unload")(unload)
+    app.command("pin")(pin)
+    app.command("unpin")(unpin)
     return app
 
 
@@ -47,7 +56,7 @@ def list_adapters(
     if json:
         print_json({"adapters": entries})
     elif entries:
-        print_table(_COLUMNS, map(_row, entries))
+        print_table(COLUMNS, map(row, entries))
     else:
         print_note("no adapters yet; publish one with `lorikeet adapters import` or `trainer fit`")
 
@@ -62,7 +71,7 @@ def show(
 ) -> None:
     """Show one version of an adapter."""
     if store is not None:
-        fields = version_fields(_open(store).resolve(adapter))
+        fields = version_details(_open(store).resolve(adapter))
     else:
         from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
         from server.cli.client import connect
@@ -73,40 +82,6 @@ def show(
                 stub.GetAdapter(adapter_pb2.GetAdapterRequest(adapter_id=adapter), timeout=timeout).adapter
             )
     print_json(fields) if json else print_fields(fields)
-
-
-def import_adapter(
-    path: Annotated[
-        Path, typer.Argument(help="A directory with adapter_config.json and adapter_model.safetensors, as PEFT saves.")
-    ],
-    name: Annotated[str, typer.Option(help="The name to publish it under.")],
-    label: Annotated[str, typer.Option(help="The label to point to this version.")] = "latest",
-    base: Base = None,
-    store: Store = None,
-    allow_zero: Annotated[
-        bool, typer.Option("--allow-zero", help="Take one without effect too, as PEFT makes before training.")
-    ] = False,
-    json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a PEFT adapter against its base and publish it to a store; a running server serves it at once."""
-    from adapters.store import AdapterStore, default_store_root
-    from server.base.resolve import resolve_base
-
-    model = resolve_base(base, print_note)
-    version = AdapterStore(store or default_store_root()).publish(
-        path,
-        name,
-        base_digest=model.digest,
-        base_name=model.name,
-        linears=model.spec.linears(),
-        label=label,
-        allow_zero=allow_zero,
-    )
-    if json:
-        print_json(version_fields(version))
-    else:
-        print(f"published {version.name}@{label} ({version.digest})")
 
 
 def load(
@@ -130,6 +105,9 @@ def load(
 
 def unload(
     adapter: AdapterId,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="If requests use it, wait for their end instead of being refused.")
+    ] = False,
     server: Server = DEFAULT_SERVER,
     json: Json = False,
     timeout: Timeout = 60.0,
@@ -139,25 +117,64 @@ def unload(
     from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
     from server.cli.client import connect
 
+    mode = adapter_pb2.UNLOAD_MODE_DRAIN if drain else adapter_pb2.UNLOAD_MODE_REFUSE
     with connect(server) as channel:
         stub = adapter_pb2_grpc.AdapterServiceStub(channel)
-        fields = adapter_fields(
-            stub.UnloadAdapter(adapter_pb2.UnloadAdapterRequest(adapter_id=adapter), timeout=timeout).adapter
-        )
+        request = adapter_pb2.UnloadAdapterRequest(adapter_id=adapter, mode=mode)
+        fields = adapter_fields(stub.UnloadAdapter(request, timeout=timeout).adapter)
     print_json(fields) if json else print(f"unloaded {fields['name']} ({fields['digest']})")
 
 
-def _open(root: Path) -> "AdapterStore":
+def pin(
+    adapter: AdapterId,
+    server: Server = DEFAULT_SERVER,
+    json: Json = False,
+    timeout: Timeout = 60.0,
+    debug: Debug = False,
+) -> None:
+    """Load an adapter and keep it in a server's memory, whatever else needs room."""
+    from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
+    from server.cli.client import connect
+
+    with connect(server) as channel:
+        stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+        fields = adapter_fields(
+            stub.PinAdapter(adapter_pb2.PinAdapterRequest(adapter_id=adapter), timeout=timeout).adapter
+        )
+    print_json(fields) if json else print(f"pinned {fields['name']} ({fields['digest']})")
+
+
+def unpin(
+    adapter: AdapterId,
+    server: Server = DEFAULT_SERVER,
+    json: Json = False,
+    timeout: Timeout = 60.0,
+    debug: Debug = False,
+) -> None:
+    """Let a server drop a pinned adapter again when others need the room."""
+    from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
+    from server.cli.client import connect
+
+    with connect(server) as channel:
+        stub = adapter_pb2_grpc.AdapterServiceStub(channel)
+        fields = adapter_fields(
+            stub.UnpinAdapter(adapter_pb2.UnpinAdapterRequest(adapter_id=adapter), timeout=timeout).adapter
+        )
+    print_json(fields) if json else print(f"unpinned {fields['name']} ({fields['digest']})")
+
+
+def _open(location: str) -> "Store":
     """A store to read. Raises Failure where there is none: a mistyped --store is not an empty one."""
-    from adapters.store import AdapterStore
+    from adapters.stores import open_store
 
-    if not root.is_dir():
-        raise Failure(f"--store {root}: no such directory", ExitCode.USAGE)
-    return AdapterStore(root)
+    store = open_store(location)
+    if not store.is_remote and not Path(store.location).is_dir():
+        raise Failure(f"--store {location}: no such directory", ExitCode.USAGE)
+    return store
 
 
-def _in_store(root: Path) -> list[dict[str, Any]]:
-    store = _open(root)
+def _in_store(location: str) -> list[dict[str, Any]]:
+    store = _open(location)
     return [version_fields(store.resolve(name)) for name in store.names()]
 
 
@@ -175,60 +192,3 @@ def _on_server(server: str, timeout: float) -> list[dict[str, Any]]:
             entries += map(adapter_fields, page.adapters)
             if not (token := page.next_page_token):
                 return entries
-
-
-def adapter_fields(adapter: "Adapter") -> dict[str, Any]:
-    """A server's adapter as JSON."""
-    from lorikeet.v1.adapter_pb2 import Adapter
-
-    created = adapter.create_time.ToDatetime(UTC).isoformat() if adapter.HasField("create_time") else None
-    residency = Adapter.Residency.Name(adapter.residency).removeprefix("RESIDENCY_").lower()
-    return {
-        "name": adapter.name,
-        "digest": adapter.digest,
-        "labels": list(adapter.labels),
-        "base_digest": adapter.base_digest,
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "target_modules": list(adapter.target_modules),
-        "dtype": adapter.dtype,
-        "size_bytes": adapter.size_bytes,
-        "num_parameters": adapter.num_parameters,
-        "method": adapter.method or None,
-        "create_time": created,
-        "residency": residency,
-    }
-
-
-def version_fields(version: "Version") -> dict[str, Any]:
-    """A store's version as JSON, with the keys of `adapter_fields`; where it resides only a server knows."""
-    manifest = version.manifest
-    return {
-        "name": version.name,
-        "digest": version.digest,
-        "labels": list(version.labels),
-        "base_digest": manifest.base_digest,
-        "rank": manifest.rank,
-        "alpha": manifest.alpha,
-        "target_modules": list(manifest.target_modules),
-        "dtype": manifest.dtype,
-        "size_bytes": manifest.size_bytes,
-        "num_parameters": manifest.num_parameters,
-        "method": manifest.training.method if manifest.training else None,
-        "create_time": datetime.fromisoformat(manifest.created_at).isoformat(),
-        "residency": None,
-    }
-
-
-def _row(fields: dict[str, Any]) -> tuple[str, ...]:
-    created = datetime.fromisoformat(fields["create_time"]).astimezone() if fields["create_time"] else None
-    return (
-        fields["name"],
-        short_digest(fields["digest"]),
-        ", ".join(fields["labels"]),
-        str(fields["rank"]),
-        fields["method"] or "",
-        human_size(fields["size_bytes"]),
-        f"{created:%Y-%m-%d %H:%M}" if created else "",
-        fields["residency"] or "store",
-    )

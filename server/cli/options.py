@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -76,6 +75,9 @@ Base = Annotated[
     ),
 ]
 Store = Annotated[
-    Path | None,
-    typer.Option("--store", metavar="DIR", help="The adapter store. Without it: the user's data directory."),
+    str | None,
+    typer.Option(
+        "--store", metavar="DIR|S3_URL", help="The adapter store, s3://bucket/prefix too. Without it: the user's own."
+    ),
 ]
+AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="name, name@label or name@sha256:…")]

@@ -78,7 +78,7 @@ def serve(
     {"event": "ready", "host": …, "port": …, "metrics_port": …, "base": …, "store": …}.
     """
     from adapters.registry import AdapterRegistry
-    from adapters.store import AdapterStore, default_store_root
+    from adapters.stores import open_store
     from server.base.resolve import resolve_base
     from server.config import EngineConfig, ServeConfig
     from server.rpc.server import serve as serve_rpc
@@ -86,8 +86,8 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    adapter_store = open_store(store)
     model = resolve_base(base, print_note)
-    root = store or default_store_root()
     config = ServeConfig(
         engine=EngineConfig(
             base_path=str(model.path),
@@ -104,7 +104,7 @@ def serve(
             num_threads=threads,
         ),
         base_name=model.name,
-        store=str(root),
+        store=adapter_store.location,
         host=host,
         port=port,
         metrics_host=metrics_host,
@@ -116,10 +116,10 @@ def serve(
     def announce(grpc_port: int, page_port: int) -> None:
         if json:
             ready = {"event": "ready", "host": host, "port": grpc_port, "metrics_port": page_port}
-            print_json(ready | {"base": model.name, "store": str(root)})
+            print_json(ready | {"base": model.name, "store": adapter_store.location})
         else:
             metrics = f"http://{metrics_host}:{page_port}/metrics"
             print(f"ready: {model.name} on {host}:{grpc_port}, metrics on {metrics}", flush=True)
 
-    registry = AdapterRegistry(AdapterStore(root), model.digest)
+    registry = AdapterRegistry(adapter_store, model.digest)
     asyncio.run(serve_rpc(config, model, registry, on_started=announce))

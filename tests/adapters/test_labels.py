@@ -112,6 +112,11 @@ def test_what_is_malformed_or_missing_changes_nothing(store: AdapterStore, diges
     for name, label, digest in (("a", "../x", digests[0]), ("a", "x", "sha256:1"), ("A", "x", digests[0])):
         with pytest.raises(InvalidAdapterId):
             store.move_label(name, label, digest)
+    for expected in ("", "sha256:1", "latest"):
+        with pytest.raises(InvalidAdapterId):
+            store.move_label("a", "x", digests[0], expected=expected)
+        with pytest.raises(InvalidAdapterId):
+            store.rollback("a", expected=expected)
     for name in ("b", "latest"):
         with pytest.raises(AdapterNotFound):
             store.move_label(name, "x", digests[0])
