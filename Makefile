@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test lint check proto bench install
+.PHONY: demo serve test lint check proto bench churn install
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -35,6 +35,10 @@ proto: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.engine $(ARGS)
+
+# Clients on adapters that change under their feet, every answer compared with PEFT's; some minutes.
+churn: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.churn $(ARGS)
 
 install: $(VENV)/.installed-dev
 
