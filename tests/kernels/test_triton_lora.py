@@ -159,7 +159,7 @@ def test_the_plan_of_the_table_serves_any_product(product: Product, block_tokens
     y = torch.randn(6, sum(product.widths), generator=generator, device=DEVICE)
     token_owner = [1, 1, 1, None, 0, 0]
     shape = LoraBlocksShape(blocks.token_index.shape[0], 1, blocks.num_blocks, block_tokens, MAX_RANK)
-    scratch = torch.full((lora_scratch_size(shape, [product]),), torch.nan, device=DEVICE)
+    scratch = torch.full((lora_scratch_size(shape, [product], DEVICE),), torch.nan, device=DEVICE)
     got = y.clone()
     lora.lora_add(got, x, pool.a, pool.b, blocks, product.widths, scratch)
     assert_close(got, y, expected(x, y, pool, token_owner), 1e-6, token_owner)
@@ -252,7 +252,7 @@ def test_real_shapes_on_a_gpu(dtype: torch.dtype, name: str, batch: str) -> None
     owner = choose("some base", len(lengths), len(ranks), random.Random(3))
     token_owner = [who for n, who in zip(lengths, owner, strict=True) for _ in range(n)]
     blocks = make_blocks(lengths, owner, pool, 16 if batch == "decode" else 64)
-    plan = lora_plan(*product, blocks.num_blocks, blocks.block_tokens)
+    plan = lora_plan(*product, blocks.num_blocks, blocks.block_tokens, DEVICE)
     x = torch.randn(len(token_owner), product.in_features, generator=generator, device=DEVICE).to(dtype)
     y = torch.randn(len(token_owner), sum(product.widths), generator=generator, device=DEVICE).to(dtype)
     got = y.clone()
@@ -263,8 +263,10 @@ def test_real_shapes_on_a_gpu(dtype: torch.dtype, name: str, batch: str) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", list(LLAMA_8B))
-def test_a_graph_replays_with_other_tables(dtype: torch.dtype, name: str) -> None:
-    """One capture for 32 tokens serves batches of other adapters, ranks and popularity, bit for bit as launched."""
+@pytest.mark.parametrize("early", [False, True], ids=["in turn", "early"])
+def test_a_graph_replays_with_other_tables(dtype: torch.dtype, name: str, early: bool) -> None:
+    """One capture for 32 tokens, of the base's product and the low-rank term, serves batches of other adapters, ranks
+    and popularity, bit for bit as launched one by one."""
     generator = torch.Generator(DEVICE).manual_seed(12)
     product = LLAMA_8B[name]
     ranks = (16, 8, 64, 5)
@@ -273,25 +275,32 @@ def test_a_graph_replays_with_other_tables(dtype: torch.dtype, name: str) -> Non
     packed = np.zeros(shape.size, dtype=np.int32)
     tables = torch.from_numpy(packed).to(DEVICE)
     blocks = shape.view(tables)
-    scratch = torch.full((lora_scratch_size(shape, [product]),), torch.nan, device=DEVICE)
+    scratch = torch.full((lora_scratch_size(shape, [product], DEVICE),), torch.nan, device=DEVICE)
+    plan = replace(lora_plan(*product, blocks.num_blocks, blocks.block_tokens, DEVICE), early=early)
+    weight = torch.randn(product.in_features, sum(product.widths), generator=generator, device=DEVICE).to(dtype)
     x = torch.randn(32, product.in_features, generator=generator, device=DEVICE).to(dtype)
-    base = torch.randn(32, sum(product.widths), generator=generator, device=DEVICE).to(dtype)
-    y = base.clone()
-    arguments = (y, x, pool.a, pool.b, blocks, product.widths, scratch)
-    lora.lora_add(*arguments)  # compiled before the capture
+    base = torch.empty(32, sum(product.widths), dtype=dtype, device=DEVICE)
+    y = torch.empty_like(base)
+
+    def forward() -> None:
+        torch.mm(x, weight, out=base)
+        torch.mm(x, weight, out=y)
+        lora.lora_add(y, x, pool.a, pool.b, blocks, product.widths, scratch, plan)
+
+    forward()  # compiled before the capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        lora.lora_add(*arguments)
-    for popularity in POPULARITY:
-        owner = choose(popularity, 32, len(ranks), random.Random(5))
+        forward()
+    for popularity in (*POPULARITY, "base"):
+        owner = choose(popularity, 32, len(ranks), random.Random(5)) if popularity != "base" else [None] * 32
         shape.fill(packed, [1] * 32, [None if who is None else pool.adapters[who] for who in owner])
         tables.copy_(torch.from_numpy(packed))
         x.copy_(torch.randn(32, product.in_features, generator=generator, device=DEVICE))
-        y.copy_(base)
         graph.replay()
         replayed = y.clone()
-        y.copy_(base)
-        lora.lora_add(*arguments)
-        assert torch.equal(replayed, y), popularity
+        y.fill_(torch.nan)
+        got = base.clone()
+        lora.lora_add(got, x, pool.a, pool.b, blocks, product.widths, scratch, replace(plan, early=False))
+        assert torch.equal(replayed, got), popularity
         assert_close(replayed, base, expected(x, base, pool, owner), TOLERANCE[dtype], owner)

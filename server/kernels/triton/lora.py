@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from server.kernels.lora_blocks import LoraBlocks
 from server.kernels.triton.plans import LoraPlan, lora_plan
@@ -34,7 +35,7 @@ def lora_add(
     x [n, in], a [rows, slices, in] and b[s] [rows, widths[s]] have y's dtype; h is rounded to it between the two
     products, which accumulate in float32. `scratch` is float32, of `lora_scratch_size` elements, and may hold anything.
     """
-    plan = plan or lora_plan(x.shape[1], tuple(widths), blocks.num_blocks, blocks.block_tokens)
+    plan = plan or lora_plan(x.shape[1], widths, blocks.num_blocks, blocks.block_tokens, x.device)
     lora_shrink(x, a, blocks, scratch, plan)
     lora_expand(y, b, blocks, widths, scratch, plan)
 
@@ -63,6 +64,8 @@ def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan:
         BLOCK_R=shrink.block_r,
         PROGRAMS=shrink.programs,
         WIDEN=_widens(x),
+        EARLY=plan.early,
+        launch_pdl=plan.early,
         num_warps=shrink.num_warps,
         num_stages=shrink.num_stages,
     )
@@ -96,6 +99,8 @@ def lora_expand(
         BLOCK_N=expand.block_n,
         BLOCK_R=expand.block_r,
         WIDEN=_widens(y),
+        EARLY=plan.early,
+        launch_pdl=plan.early,
         num_warps=expand.num_warps,
         num_stages=expand.num_stages,
     )
@@ -142,6 +147,7 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (blocks, PROGRAMS, splits). Rank rows of all slices are counted through: f = row · SLICES + slice."""
@@ -150,6 +156,9 @@ def _shrink_kernel(
     start = tl.load(starts + block)
     first_row = tl.load(first_rows + block)
     rank = tl.load(ranks + block)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()  # by every program, also those that do nothing: what follows this launch counts on what precedes it
     if length == 0:
         return
     tokens = tl.arange(0, BLOCK_M)
@@ -205,6 +214,7 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (column tiles of all slices, blocks)."""
@@ -214,6 +224,8 @@ def _expand_kernel(
     first_row = tl.load(first_rows + block)
     rank = tl.load(ranks + block)
     if length == 0:
+        if EARLY:
+            gdc_wait()
         return
     tile = tl.program_id(0)
     rows = row_index + first_row
@@ -223,14 +235,18 @@ def _expand_kernel(
     tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
     if tile < tiles0:
         _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, tile,
-                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
-    elif tile < tiles0 + tiles1:
+                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+    elif SLICES == 2:
         _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
-                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
-    else:
-        _expand_tile(y + W0 + W1, b2, h + 2 * MAX_RANK, tokens, rows, length, rank, y_stride, split_stride,
-                     tile - tiles0 - tiles1,
-                     W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
+                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+    elif SLICES == 3:
+        if tile < tiles0 + tiles1:
+            _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
+                         W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+        else:
+            tile -= tiles0 + tiles1
+            _expand_tile(y + W0 + W1, b2, h + 2 * MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile,
+                         W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
 
 
 @triton.jit
@@ -251,28 +267,38 @@ def _expand_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """BLOCK_N columns of one slice; y, b and h point at the slice's own."""
     tokens = tl.arange(0, BLOCK_M)
     is_token = tokens < length
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_column = columns < WIDTH
     token = tl.load(token_index + tokens, mask=is_token, other=0).to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r0 in range(0, rank, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        is_row = r < rank
-        row = tl.load(row_index + r, mask=is_row, other=0).to(tl.int64)
-        weights = tl.load(
-            b + row[:, None] * WIDTH + columns[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
-        )
+    r = tl.arange(0, BLOCK_R)
+    weights = _load_rows(b, row_index, r, rank, columns, WIDTH)
+    if EARLY:
+        gdc_wait()  # for h, and y; the weights were there before
+    for _ in range(0, rank, BLOCK_R):
         part = h + tokens[:, None] * H_STRIDE + r[None, :]
-        is_part = is_token[:, None] & is_row[None, :]
+        is_part = is_token[:, None] & (r < rank)[None, :]
         hidden = tl.load(part, mask=is_part, other=0.0)
         for split in tl.static_range(1, SPLITS):
             hidden += tl.load(part + split * split_stride, mask=is_part, other=0.0)
         acc = _dot(hidden.to(weights.dtype), weights, acc, WIDEN)
+        r += BLOCK_R
+        weights = _load_rows(b, row_index, r, rank, columns, WIDTH)  # beyond the rank nothing is read
     out = y + token[:, None] * y_stride + columns[None, :]
-    is_out = is_token[:, None] & is_column[None, :]
-    tl.store(out, (tl.load(out, mask=is_out, other=0.0).to(tl.float32) + acc).to(y.dtype.element_ty), mask=is_out)
+    is_out = is_token[:, None] & (columns < WIDTH)[None, :]
+    before = tl.load(out, mask=is_out, other=0.0)
+    tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=is_out)
+
+
+@triton.jit
+def _load_rows(b, row_index, r, rank, columns, WIDTH: tl.constexpr):
+    """Rows `r` of an adapter's columns of B; zero past its rank and past the slice's width."""
+    is_row = r < rank
+    row = tl.load(row_index + r, mask=is_row, other=0).to(tl.int64)
+    is_inside = is_row[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(b + row[:, None] * WIDTH + columns[None, :], mask=is_inside, other=0.0)

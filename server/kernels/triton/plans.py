@@ -3,10 +3,11 @@
 `python -m benchmarks.kernels --tune` measures these. No triton here: sizes of buffers follow from plans.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import prod
+
+import torch
 
 from server.kernels.lora_blocks import LoraBlocksShape
 
@@ -36,52 +37,82 @@ class ExpandPlan:
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """Both launches of one fused product."""
+    """Both launches of one fused product. `early`: each is launched before the one ahead of it ends, reads its tables
+    (the expand, its weights too) and then waits for it (programmatic dependent launch, compute capability 9.0)."""
 
     shrink: ShrinkPlan
     expand: ExpandPlan
+    early: bool = False
 
 
-# Decode reads weights: many programs, each with all its loads in flight. Prefill reads and writes activations: tiles
-# wide enough for the tensor cores, the input read once for all slices.
-_SPLITS_BY_BLOCKS = ((8, 16), (32, 8), (1 << 30, 4))  # decode: blocks up to, splits of 4096 input features
+# Measured on an H200 by `python -m benchmarks.kernels --tune`, which prints these lines: (kind, input features up to,
+# output columns up to, blocks from) → plan.
+_HOPPER: Mapping[tuple[str, int, int, int], LoraPlan] = {}
+_HOPPER_CAPABILITY = (9, 0)
+_DECODE_BLOCKS_FROM = (17, 2, 0)
+_PREFILL_BLOCKS_FROM = (128, 0)
+
+# Where nothing was measured. Decode reads weights: many programs, each with all its loads in flight. Prefill reads and
+# writes activations: tiles wide enough for the tensor cores, the input read once for all slices.
+_SPLITS_BY_BLOCKS = ((4, 16), (32, 8))  # decode: blocks up to, splits of the input features; else 4
 _PREFILL_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 
 
-@cache
-def lora_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int) -> LoraPlan:
+def lora_plan(
+    in_features: int, widths: Sequence[int], num_blocks: int, block_tokens: int, device: torch.device
+) -> LoraPlan:
     """The plan of the product [in_features] → widths over `num_blocks` blocks."""
+    return _lora_plan(in_features, tuple(widths), num_blocks, block_tokens, device)
+
+
+def lora_scratch_size(
+    shape: LoraBlocksShape, products: Iterable[tuple[int, Sequence[int]]], device: torch.device
+) -> int:
+    """float32 elements of scratch that serve every one of `products` (in_features, widths) over blocks of `shape`."""
+    return max(
+        lora_plan(in_features, widths, shape.blocks, shape.block_tokens, device).shrink.splits
+        * (shape.tokens * len(widths) * shape.max_rank)
+        for in_features, widths in products
+    )
+
+
+def plan_key(in_features: int, widths: Sequence[int], num_blocks: int, block_tokens: int) -> tuple[str, int, int, int]:
+    """The line of the table that a product's plan stands in."""
+    is_decode = block_tokens <= 16
+    kind = "decode" if is_decode else f"prefill{block_tokens}"
+    classes: tuple[int, ...] = _DECODE_BLOCKS_FROM if is_decode else _PREFILL_BLOCKS_FROM
+    blocks_from = next(limit for limit in classes if num_blocks >= limit)
+    return kind, _power_of_two(in_features), _power_of_two(sum(widths)), blocks_from
+
+
+@cache
+def _lora_plan(
+    in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int, device: torch.device
+) -> LoraPlan:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER_CAPABILITY:
+        measured = _HOPPER.get(plan_key(in_features, widths, num_blocks, block_tokens))
+        if measured is not None:
+            return measured
     if block_tokens <= 16:
         return _decode_plan(in_features, widths, num_blocks)
     return _prefill_plan(in_features, widths, num_blocks, block_tokens)
 
 
-def lora_scratch_size(shape: LoraBlocksShape, products: Iterable[tuple[int, tuple[int, ...]]]) -> int:
-    """float32 elements of scratch that serve every one of `products` (in_features, widths) over blocks of `shape`."""
-    return max(
-        lora_plan(in_features, widths, shape.blocks, shape.block_tokens).shrink.splits
-        * prod((shape.tokens, len(widths), shape.max_rank))
-        for in_features, widths in products
-    )
-
-
 def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> LoraPlan:
     block_k = min(256, max(16, _power_of_two(in_features)))
-    splits = next(splits for limit, splits in _SPLITS_BY_BLOCKS if num_blocks <= limit)
-    if in_features > 8192:
-        splits *= 2
+    splits = next((splits for limit, splits in _SPLITS_BY_BLOCKS if num_blocks <= limit), 4)
+    splits *= 2 if in_features > 8192 else 1
     splits = max(1, min(splits, in_features // block_k))
     shrink = ShrinkPlan(block_k, 16, len(widths), splits, num_warps=4, num_stages=3)
-    block_n = 512 if num_blocks * sum(widths) > 1 << 19 else 256
-    return LoraPlan(shrink, ExpandPlan(min(block_n, _power_of_two(max(widths))), 16, num_warps=4, num_stages=2))
+    return LoraPlan(shrink, ExpandPlan(min(256, _power_of_two(max(widths))), 16, num_warps=4, num_stages=1))
 
 
 def _prefill_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int) -> LoraPlan:
     block_k = min(64, max(16, _power_of_two(in_features)))
-    splits = max(1, min(_PREFILL_PROGRAMS // num_blocks, 8, in_features // (4 * block_k)))
+    splits = max(1, min(_PREFILL_PROGRAMS // max(1, num_blocks), 8, in_features // (4 * block_k)))
     warps = 8 if block_tokens >= 128 else 4
-    shrink = ShrinkPlan(block_k, _power_of_two(16 * len(widths)), 1, splits, warps, num_stages=4)
-    return LoraPlan(shrink, ExpandPlan(min(128, _power_of_two(max(widths))), 16, warps, num_stages=2))
+    shrink = ShrinkPlan(block_k, 16 * _power_of_two(len(widths)), 1, splits, warps, num_stages=4)
+    return LoraPlan(shrink, ExpandPlan(min(128, _power_of_two(max(widths))), 16, warps, num_stages=1))
 
 
 def _power_of_two(n: int) -> int:

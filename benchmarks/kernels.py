@@ -1,0 +1,120 @@
+"""Time the low-rank kernels at Llama-3.1-8B's shapes, one JSON line a launch; needs a GPU.
+
+    python -m benchmarks.kernels [--cases 64x64,prefill32768x64] [--dtype bfloat16]
+    python -m benchmarks.kernels --tune [--budget 150]   # prints lines for the table in server/kernels/triton/plans.py
+
+`us` is the median time of one launch within a replayed CUDA graph that goes over many layers' weights in turn, so that
+these come from memory, as they do in a model. `bytes` counts each weight of an adapter present, and each element of
+x and y, once a read and once a write (in decode these stand in the L2 cache); `share` is bytes over time over the
+bandwidth that a large copy reaches here. The product `all` is a model's 32 layers, in milliseconds (`ms`).
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.lora_workload import LLAMA_8B, Case, Product, Workload, cases_named, copy_bandwidth, time_launches
+from benchmarks.tuning import tune
+from server.kernels.triton.plans import LoraPlan, lora_plan
+
+NUM_LAYERS = 32
+CASES = "1x1,64x1,64x8,64x64,64x8mixed,64x64mixed,prefill32768x64,prefill32768x1"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+Line = dict[str, object]
+
+
+def main() -> None:
+    arguments = _arguments()
+    if not torch.cuda.is_available():
+        sys.exit("error: benchmarks.kernels needs a CUDA device")
+    dtype, device = DTYPES[arguments.dtype], torch.device("cuda")
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth(device)
+    properties = torch.cuda.get_device_properties(device)
+    print(json.dumps({"device": properties.name, "torch": torch.__version__, "copy_gb_s": round(bandwidth / 1e9)}))
+    torch.cuda.empty_cache()
+    if arguments.tune:
+        for key, plan, times in tune(dtype, arguments.budget, arguments.workers):
+            print(f"    {key}: {_as_code(plan)},  # µs: {times}", flush=True)
+        return
+    for case in cases_named(arguments.cases.split(",")):
+        block_tokens = 16 if case.length == 1 else arguments.block_tokens
+        for line in _case_lines(case, block_tokens, dtype, device, bandwidth):
+            print(json.dumps(line), flush=True)
+
+
+def _case_lines(
+    case: Case, block_tokens: int, dtype: torch.dtype, device: torch.device, bandwidth: float
+) -> Iterator[Line]:
+    total = floor = 0.0
+    for product in LLAMA_8B:
+        load = Workload(product, case, block_tokens, dtype, device)
+        blocks = load.blocks.num_blocks
+        plan = lora_plan(product.in_features, product.widths, blocks, block_tokens, device)
+        cost = load.cost
+        for kernel, launch, num_bytes in (
+            ("shrink", load.shrink, cost.shrink),
+            ("expand", load.expand, cost.expand),
+            ("both", load.both, sum(cost)),
+        ):
+            seconds = time_launches(partial(launch, plan=plan), load.layers)
+            yield _line(case, product, kernel, seconds, num_bytes, bandwidth)
+        total, floor = total + seconds, floor + sum(cost) / bandwidth
+    yield {
+        **_about(case),
+        "product": "all",
+        "kernel": "both",
+        "ms": round(1e3 * NUM_LAYERS * total, 3),
+        "floor_ms": round(1e3 * NUM_LAYERS * floor, 3),
+    }
+
+
+def _line(case: Case, product: Product, kernel: str, seconds: float, num_bytes: int, bandwidth: float) -> Line:
+    return {
+        **_about(case),
+        "product": product.name,
+        "kernel": kernel,
+        "us": round(1e6 * seconds, 2),
+        "bytes": num_bytes,
+        "gb_s": round(num_bytes / seconds / 1e9),
+        "share": round(num_bytes / seconds / bandwidth, 3),
+    }
+
+
+def _about(case: Case) -> Line:
+    return {
+        "case": case.name,
+        "ranks": "/".join(map(str, case.ranks)),
+        "tokens": case.tokens,
+        "adapters": case.adapters,
+    }
+
+
+def _as_code(plan: LoraPlan) -> str:
+    shrink, expand = plan.shrink, plan.expand
+    sizes = (shrink.block_k, shrink.block_r, shrink.programs, shrink.splits, shrink.num_warps, shrink.num_stages)
+    parts = [f"ShrinkPlan{sizes}"]
+    parts.append(f"ExpandPlan{(expand.block_n, expand.block_r, expand.num_warps, expand.num_stages)}")
+    if plan.early:
+        parts.append("early=True")
+    return f"LoraPlan({', '.join(parts)})"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=CASES, help="comma-separated; default: %(default)s")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
+    parser.add_argument("--block-tokens", type=int, default=64, choices=(32, 64, 128), help="of prefill")
+    parser.add_argument("--tune", action="store_true", help="search plans instead")
+    parser.add_argument("--budget", type=float, default=150, metavar="SECONDS", help="of --tune; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
