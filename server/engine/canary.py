@@ -9,7 +9,7 @@ Compared are each projection's term on the same input, which no noise of the bas
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from adapters.patterns import Pattern, PatternCompiler
 from adapters.peft_config import suffix_pattern
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
 from server.errors import CanaryFailed
-from server.lora.batch import LoraBatch, TokenSpan, build_lora_batch
+from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
 from server.lora.pool import AdapterPool, Ranges
-from server.lora.weights import linear_groups, read_tensors
+from server.lora.weights import read_tensors
 from server.model.attention import AttentionChunk, TorchAttention
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
@@ -58,15 +58,20 @@ class Canary:
         embedding = model.weights.embedding
         self._dtype, self._device = embedding.dtype, embedding.device
         self._length = min(PROMPT_LENGTH, max_model_len)
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @torch.inference_mode()
     def check(self, directory: Path, ranges: Ranges) -> None:
         """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
+        with torch.cuda.stream(self._stream):  # None: no stream
+            self._check(directory, ranges)
+
+    def _check(self, directory: Path, ranges: Ranges) -> None:
         n, tolerance = self._length, TOLERANCES[self._dtype]
         reference = Reference.read(directory, self._device)
         served = build_lora_batch(self._pool, [], [TokenSpan(n, ranges), TokenSpan(n, None)])
         assert served is not None, "an adapter has rows"
-        both = _Both(n, served, reference, {g.name: g.modules for g in linear_groups(self._model.spec)})
+        both = _Both(n, self._pool, served, reference)
         logits = self._logits(both).float()
         faults = both.faults(tolerance.term)
         off, largest = float((logits[0] - logits[1]).abs().max()), float(logits[1].abs().max())
@@ -100,11 +105,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True)
 class _Module:
-    """A [r, in] and B [out, r] as the file has them, and the scaling of their product."""
+    """A [r, in] of the file, and scaling · B [out, r]."""
 
     a: Tensor
     b: Tensor
-    scaling: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,10 @@ class Reference:
                 b, rank = tensors[f"{path}.lora_B.weight"], a.shape[0]
                 path = path.removeprefix(_PREFIX)
                 scaling = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-                modules[path] = _Module(a.to(device).float(), b.to(device).float(), scaling)
+                modules[path] = _Module(a.to(device).float(), b.to(device).float() * scaling)
         return cls(modules)
 
-    def term(self, x: Tensor, paths: list[str], widths: list[int]) -> Tensor:
+    def term(self, x: Tensor, paths: Sequence[str], widths: Sequence[int]) -> Tensor:
         """x [n, in] → [n, sum(widths)] float32: the deltas of projections that share an input, side by side."""
         parts = []
         for path, width in zip(paths, widths, strict=True):
@@ -139,7 +143,7 @@ class Reference:
             if module is None:
                 parts.append(x.new_zeros(len(x), width))
             else:
-                parts.append(module.scaling * (x @ module.a.t() @ module.b.t()))
+                parts.append(x @ module.a.t() @ module.b.t())
         return torch.cat(parts, dim=1)
 
 
@@ -155,34 +159,33 @@ def _alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
 class _Both:
     """The low-rank terms of the two halves of a batch of 2 · n tokens: from the pool, and by reference."""
 
-    def __init__(self, n: int, served: LoraBatch, reference: Reference, modules: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(self, n: int, pool: AdapterPool, served: LowRankTerm, reference: Reference) -> None:
         self._n = n
         self._served = served
         self._reference = reference
-        self._modules = modules
-        self._off: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._smallest = torch.finfo(pool.dtype).smallest_normal
+        self._groups = {name: group.group for name, group in pool.groups.items()}
+        self._seen: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
         n = self._n
-        widths = list(self._served.pool.groups[group].group.widths)
         served = torch.zeros_like(y)
         self._served.add(served, x, group, layer)
-        exact = self._reference.term(x.float(), self._paths(group, layer), widths)
-        off = (served[:n] - exact[:n]).square().sum(0)  # [out]
-        self._off[group, layer] = off, exact[:n].square().sum(0), x[:n].clone()
+        exact = self._reference.term(x.float(), self._paths(group, layer), self._groups[group].widths)
+        self._seen[group, layer] = served[:n] - exact[:n], exact[:n], x[:n].clone()
         y[:n] += served[:n]
         y[n:] += exact[n:].to(y.dtype)
 
     def faults(self, tolerance: float) -> list[str]:
         """The projections that are off by more than `tolerance`, each with how much."""
         found: list[str] = []
-        for (group, layer), (off, exact, x) in self._off.items():
-            widths = list(self._served.pool.groups[group].group.widths)
-            offs, exacts = off.split(widths), exact.split(widths)
-            for path, o, e in zip(self._paths(group, layer), offs, exacts, strict=True):
-                error, norm = float(o.sum().sqrt()), float(e.sum().sqrt())
+        for (group, layer), (off, exact, x) in self._seen.items():
+            widths = list(self._groups[group].widths)
+            parts = zip(off.split(widths, dim=1), exact.split(widths, dim=1), strict=True)
+            norms = torch.stack([part.norm() for pair in parts for part in pair]).tolist()
+            for path, error, norm in zip(self._paths(group, layer), norms[::2], norms[1::2], strict=True):
                 if not error <= tolerance * norm:
-                    norm = self._norm_of_parts(path, x.float(), len(o))
+                    norm = self._norm_of_parts(path, x.float(), off.shape[1])
                     if not error <= tolerance * norm:
                         found.append(f"{path}: off by {error:.3g} of {norm:.3g}")
         return found
@@ -190,12 +193,12 @@ class _Both:
     def _norm_of_parts(self, path: str, x: Tensor, width: int) -> float:
         """The norm that a term would have if what its rank rows contribute did not cancel, and no less than what the
         dtype cannot tell from zero."""
-        smallest = torch.finfo(self._served.pool.dtype).smallest_normal * math.sqrt(len(x) * width)
+        smallest = self._smallest * math.sqrt(len(x) * width)
         module = self._reference.modules.get(path)
         if module is None:
             return smallest
-        squares = (x @ module.a.t()).square().sum(0) @ module.b.square().sum(0)
-        return max(smallest, abs(module.scaling) * math.sqrt(float(squares)))
+        squares = float((x @ module.a.t()).square().sum(0) @ module.b.square().sum(0))
+        return max(smallest, math.sqrt(squares))
 
     def _paths(self, group: str, layer: int) -> list[str]:
-        return [f"model.layers.{layer}.{module}" for module in self._modules[group]]
+        return [f"model.layers.{layer}.{module}" for module in self._groups[group].modules]
