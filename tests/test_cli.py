@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import typer
 from google.protobuf import any_pb2, duration_pb2, timestamp_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from safetensors.numpy import save_file
 
 from lorikeet.v1 import (
     adapter_pb2,
@@ -33,6 +31,7 @@ from lorikeet.v1 import (
 from server.cli import main
 from server.cli.exits import ExitCode
 from server.cli.options import parse_address, parse_size
+from tests.support.tiny_base import write_base
 
 DIGEST = "sha256:" + "ab" * 32
 HEAVY = ("torch", "transformers", "grpc", "google.protobuf", "tokenizers", "msgspec", "jinja2", "numpy")
@@ -99,6 +98,14 @@ class FakeServer(
     def UnloadAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.UnloadAdapterResponse:
         self._take(request, context)
         return adapter_pb2.UnloadAdapterResponse(adapter=self.adapters[0])
+
+    def PinAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.PinAdapterResponse:
+        self._take(request, context)
+        return adapter_pb2.PinAdapterResponse(adapter=self.adapters[0])
+
+    def UnpinAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.UnpinAdapterResponse:
+        self._take(request, context)
+        return adapter_pb2.UnpinAdapterResponse(adapter=self.adapters[0])
 
     def GetServerInfo(self, request: Any, context: grpc.ServicerContext) -> server_pb2.GetServerInfoResponse:
         self._take(request, context)
@@ -446,7 +453,16 @@ def test_list_reads_every_page(server: FakeServer, capsys: pytest.CaptureFixture
     assert second.startswith("json-reply")
 
 
-@pytest.mark.parametrize(("command", "said"), [("show", "digest"), ("load", "loaded"), ("unload", "unloaded")])
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("show", "digest"),
+        ("load", "loaded"),
+        ("unload", "unloaded"),
+        ("pin", "pinned"),
+        ("unpin", "unpinned"),
+    ],
+)
 def test_commands_on_one_adapter(
     command: str, said: str, server: FakeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -459,97 +475,18 @@ def test_commands_on_one_adapter(
     assert json.loads(capsys.readouterr().out)["digest"] == DIGEST
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A base that can be described and hashed, one layer of width 8."""
-    directory = tmp_path / "base"
-    directory.mkdir()
-    config = {
-        "model_type": "llama",
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 32,
-        "max_position_embeddings": 64,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({"model.embed_tokens.weight": np.zeros((32, 8), np.float32)}, directory / "model.safetensors")
-    return directory
-
-
-@pytest.fixture
-def peft_adapter(tmp_path: Path) -> Callable[[float], Path]:
-    """Makes the directory of a rank 2 adapter on q_proj whose every weight is `value`."""
-
-    def make(value: float) -> Path:
-        directory = tmp_path / f"peft-{value}"
-        directory.mkdir()
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-        (directory / "adapter_config.json").write_text(json.dumps(config))
-        prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-        tensors = {f"{prefix}.lora_A.weight": (2, 8), f"{prefix}.lora_B.weight": (8, 2)}
-        filled = {name: np.full(shape, value, np.float32) for name, shape in tensors.items()}
-        save_file(filled, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        return directory
-
-    return make
-
-
-def test_import_list_and_show_in_a_store(
-    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = ["--store", str(tmp_path / "store"), "--json"]
-    published = []
-    for value, label in ((1.0, "latest"), (2.0, "next")):
-        command = ["adapters", "import", str(peft_adapter(value)), "--name", "pirate", "--label", label]
-        assert main([*command, "--base", str(base), *place]) == ExitCode.OK
-        published.append(json.loads(capsys.readouterr().out))
-    assert published[0]["digest"] != published[1]["digest"]
-    assert main(["adapters", "list", *place]) == ExitCode.OK
-    assert json.loads(capsys.readouterr().out) == {"adapters": [published[0]]}
-    assert main(["adapters", "show", "pirate@next", *place]) == ExitCode.OK
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["digest"] == published[1]["digest"]
-    assert (shown["rank"], shown["alpha"], shown["target_modules"]) == (2, 4, ["q_proj"])
-    assert shown["residency"] is None
-    assert main(["adapters", "show", "nobody", *place]) == ExitCode.NOT_FOUND
-    assert "nobody" in _error(capsys)
-
-
-def test_import_says_what_it_published(
-    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["adapters", "import", str(peft_adapter(1.0)), "--name", "pirate", "--label", "canary"]
-    assert main([*command, "--base", str(base), "--store", str(tmp_path / "store")]) == ExitCode.OK
-    assert capsys.readouterr().out.startswith("published pirate@canary (sha256:")
-
-
-def test_import_takes_an_adapter_without_effect_only_when_told(
-    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["adapters", "import", str(peft_adapter(0.0)), "--name", "blank", "--store", str(tmp_path / "store")]
-    assert main([*command, "--base", str(base)]) == ExitCode.REFUSED
-    assert main([*command, "--base", str(base), "--allow-zero"]) == ExitCode.OK
-
-
-def test_import_refuses_an_adapter_that_does_not_fit(
-    base: Path, peft_adapter: Callable[[float], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken = peft_adapter(float("nan"))
-    command = ["adapters", "import", str(broken), "--name", "pirate", "--store", str(tmp_path / "store")]
-    assert main([*command, "--base", str(base)]) == ExitCode.REFUSED
-    assert "lora_A" in capsys.readouterr().err.splitlines()[-1]
-    assert not list((tmp_path / "store").glob("names/*"))
-
-
-def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["list"], ["show", "x"]):
-        assert main(["adapters", *command, "--store", str(tmp_path / "stroe")]) == ExitCode.USAGE
-        assert "stroe" in _error(capsys)
+def test_unload_waits_only_when_told(server: FakeServer) -> None:
+    for options, mode in (([], adapter_pb2.UNLOAD_MODE_REFUSE), (["--drain"], adapter_pb2.UNLOAD_MODE_DRAIN)):
+        assert main(["adapters", "unload", "pirate", *options]) == ExitCode.OK
+        assert server.requests[-1].mode == mode
 
 
 # Serving
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base")
 
 
 def test_serve_reads_its_options(
