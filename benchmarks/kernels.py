@@ -99,7 +99,7 @@ def _as_code(plan: LoraPlan) -> str:
     shrink, expand = plan.shrink, plan.expand
     sizes = (shrink.block_k, shrink.block_r, shrink.programs, shrink.splits, shrink.num_warps, shrink.num_stages)
     parts = [f"ShrinkPlan{sizes}"]
-    parts.append(f"ExpandPlan{(expand.block_n, expand.block_r, expand.num_warps, expand.num_stages)}")
+    parts.append(f"ExpandPlan{(expand.block_n, expand.block_r, expand.num_warps, expand.num_stages, expand.ahead)}")
     if plan.early:
         parts.append("early=True")
     return f"LoraPlan({', '.join(parts)})"

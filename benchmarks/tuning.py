@@ -15,12 +15,13 @@ from server.kernels.triton.plans import ExpandPlan, LoraPlan, ShrinkPlan, plan_k
 
 Key = tuple[str, int, int, int]
 
-# (features a step, warps, stages) and (columns, warps, stages)
+# (features a step, warps, stages) and (columns, warps)
 _DECODE_SHRINKS = ((128, 2, 4), (128, 4, 4), (256, 4, 2), (256, 4, 3), (512, 4, 2), (512, 8, 2))
-_DECODE_SPLITS = (2, 4, 8, 16)
-_DECODE_EXPANDS = ((128, 2, 1), (128, 4, 1), (256, 4, 1), (256, 8, 1), (512, 8, 1), (256, 4, 2))
+_DECODE_SPLITS = (4, 8, 16)
+_DECODE_EXPANDS = ((128, 4), (256, 4), (256, 8), (512, 8))
 _PREFILL_SHRINKS = ((64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 2), (128, 8, 3))
-_PREFILL_EXPANDS = ((64, 4, 1), (128, 4, 1), (128, 8, 1), (256, 4, 1), (256, 8, 1))
+_PREFILL_SPLITS = (1, 2)
+_PREFILL_EXPANDS = ((64, 4), (128, 4), (128, 8), (256, 8))
 
 _DECODES = ((1, (1,)), (16, (1, 16)), (64, (1, 8, 64)))  # batch, and over how many adapters
 _PREFILL = Case(64, 64, 512, (16,))
@@ -57,7 +58,7 @@ def _best(
     plans = _ranked(loads, plans, "shrink", deadline)[:3]
     expands = [replace(plans[0], expand=expand) for expand in _expands(block_tokens)]
     expand = _ranked(loads, expands, "expand", deadline)[0].expand
-    finals = [replace(plan, expand=expand, early=early) for plan, early in pairs(plans, (False, True))]
+    finals = [replace(plan, expand=expand, early=early) for plan, early in pairs(plans, _earlies(block_tokens))]
     best = _ranked(loads, finals, "both", deadline)[0]
     times = {load.case.name: round(1e6 * _time(load, best, "both"), 2) for load in loads}
     return plan_key(product.in_features, product.widths, loads[0].blocks.num_blocks, block_tokens), best, times
@@ -84,8 +85,8 @@ def _shrinks(product: Product, block_tokens: int) -> Iterable[LoraPlan]:
     slices, expand = len(product.widths), next(iter(_expands(block_tokens)))
     if block_tokens > 16:
         block_r = 16 << (slices - 1).bit_length()
-        for block_k, warps, stages in _PREFILL_SHRINKS:
-            yield LoraPlan(ShrinkPlan(block_k, block_r, 1, 1, warps, stages), expand)
+        for (block_k, warps, stages), splits in pairs(_PREFILL_SHRINKS, _PREFILL_SPLITS):
+            yield LoraPlan(ShrinkPlan(block_k, block_r, 1, splits, warps, stages), expand)
         return
     for (block_k, warps, stages), splits in pairs(_DECODE_SHRINKS, _DECODE_SPLITS):
         splits *= 2 if product.in_features > 8192 else 1
@@ -95,7 +96,12 @@ def _shrinks(product: Product, block_tokens: int) -> Iterable[LoraPlan]:
 
 def _expands(block_tokens: int) -> Iterable[ExpandPlan]:
     grid = _DECODE_EXPANDS if block_tokens == 16 else _PREFILL_EXPANDS
-    return [ExpandPlan(block_n, 16, warps, stages) for block_n, warps, stages in grid]
+    return [ExpandPlan(block_n, 16, warps, 1, ahead) for (block_n, warps), ahead in pairs(grid, (False, True))]
+
+
+def _earlies(block_tokens: int) -> tuple[bool, ...]:
+    """Prefill's launches are too long for their beginning to matter."""
+    return (False, True) if block_tokens == 16 else (False,)
 
 
 def _compile_all(jobs: Sequence[tuple[Product, int]], dtype: torch.dtype, workers: int) -> None:
@@ -111,6 +117,6 @@ def _grid(product: Product, block_tokens: int) -> Iterable[LoraPlan]:
     shrinks, expands = list(_shrinks(product, block_tokens)), list(_expands(block_tokens))
     by_splits = {plan.shrink.splits: plan for plan in shrinks}
     kernels = {(plan.shrink.block_k, plan.shrink.num_warps, plan.shrink.num_stages): plan for plan in shrinks}
-    for early in (False, True):
+    for early in _earlies(block_tokens):
         yield from (replace(plan, early=early) for plan in kernels.values())
         yield from (replace(plan, expand=e, early=early) for plan in by_splits.values() for e in expands)

@@ -99,6 +99,7 @@ def lora_expand(
         BLOCK_N=expand.block_n,
         BLOCK_R=expand.block_r,
         WIDEN=_widens(y),
+        AHEAD=expand.ahead,
         EARLY=plan.early,
         launch_pdl=plan.early,
         num_warps=expand.num_warps,
@@ -214,6 +215,7 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -235,18 +237,18 @@ def _expand_kernel(
     tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
     if tile < tiles0:
         _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, tile,
-                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
     elif SLICES == 2:
         _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
-                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
     elif SLICES == 3:
         if tile < tiles0 + tiles1:
             _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
-                         W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+                         W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
         else:
             tile -= tiles0 + tiles1
             _expand_tile(y + W0 + W1, b2, h + 2 * MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile,
-                         W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, EARLY, WIDEN)  # fmt: skip
+                         W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
 
 
 @triton.jit
@@ -267,6 +269,7 @@ def _expand_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    AHEAD: tl.constexpr,
     EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -280,6 +283,10 @@ def _expand_tile(
     weights = _load_rows(b, row_index, r, rank, columns, WIDTH)
     if EARLY:
         gdc_wait()  # for h, and y; the weights were there before
+    out = y + token[:, None] * y_stride + columns[None, :]
+    is_out = is_token[:, None] & (columns < WIDTH)[None, :]
+    if AHEAD:
+        before = tl.load(out, mask=is_out, other=0.0)
     for _ in range(0, rank, BLOCK_R):
         part = h + tokens[:, None] * H_STRIDE + r[None, :]
         is_part = is_token[:, None] & (r < rank)[None, :]
@@ -289,9 +296,8 @@ def _expand_tile(
         acc = _dot(hidden.to(weights.dtype), weights, acc, WIDEN)
         r += BLOCK_R
         weights = _load_rows(b, row_index, r, rank, columns, WIDTH)  # beyond the rank nothing is read
-    out = y + token[:, None] * y_stride + columns[None, :]
-    is_out = is_token[:, None] & (columns < WIDTH)[None, :]
-    before = tl.load(out, mask=is_out, other=0.0)
+    if not AHEAD:
+        before = tl.load(out, mask=is_out, other=0.0)
     tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=is_out)
 
 

@@ -27,12 +27,14 @@ class ShrinkPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExpandPlan:
-    """A program takes one block of tokens and `block_n` output columns of one slice, over `block_r` rows at a time."""
+    """A program takes one block of tokens and `block_n` output columns of one slice, over `block_r` rows at a time.
+    `ahead`: it asks for y before it makes the product rather than after, at the price of registers."""
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
