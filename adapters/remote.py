@@ -67,6 +67,11 @@ class RemoteStore(NamedVersions):
             clock=clock,
         )
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the service was found to be away a moment ago, so that names mean what they last meant."""
+        return self._records.is_away
+
     # Reading
 
     def names(self) -> list[str]:

@@ -36,6 +36,11 @@ class RemoteRecords:
         self._clock = clock
         self._away_until = 0.0
 
+    @property
+    def is_away(self) -> bool:
+        """Whether the service was found to be away a moment ago, so that names mean what they last meant."""
+        return self._clock() < self._away_until
+
     def names(self) -> list[str]:
         """All names in the bucket, sorted."""
         keys = [stored.key.removeprefix("names/") for stored in self._bucket.find("names")]

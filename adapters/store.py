@@ -31,6 +31,7 @@ class AdapterStore(NamedVersions):
     """A store in the directory `root`."""
 
     is_remote = False
+    is_away = False
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -21,10 +21,11 @@ from adapters.registry import AdapterEntry
 from adapters.versions import Version
 from server.frontend.leases import Files, Leases
 
-# How long an answer of a remote store is good (which looks only now and then itself), and how long one is waited for,
-# in seconds.
+# In seconds: how long an answer of a remote store is good (which looks only now and then itself), how long one is
+# waited for, and how long where the last one would do.
 FRESH_SECONDS = 0.5
 PATIENCE = 10.0
+SHORT_PATIENCE = 1.0
 RETRY_AFTER = 5.0
 
 # Names and ids that are remembered: past it, those that were not asked for longest are forgotten.
@@ -174,13 +175,16 @@ class Catalog:
         if asking is None:
             asking = self._asking[adapter_id] = asyncio.create_task(self._look_up(adapter_id, now))
             asking.add_done_callback(lambda done: self._asked(adapter_id, done))
-        if known is not None and not self._is_up and self._leases.is_held(known.version.digest):
-            return known.version  # the question, in the background, finds out when the store is back
-        try:
+        if known is None or not self._leases.is_held(known.version.digest):
             return await asyncio.shield(asking)
+        # It is served on, whether or not the store says in time that it is another version by now.
+        if self._is_up:
+            await asyncio.wait((asking,), timeout=SHORT_PATIENCE)
+        if not asking.done():
+            return known.version
+        try:
+            return asking.result()
         except StoreUnavailable:
-            if known is None or not self._leases.is_held(known.version.digest):
-                raise
             return known.version
 
     async def _look_up(self, adapter_id: str, now: float) -> Version:
@@ -225,9 +229,9 @@ class Catalog:
             self._set_up(False)
             raise
         except LorikeetError:
-            self._set_up(True)
+            self._set_up(not self._store.is_away)
             raise
-        self._set_up(True)
+        self._set_up(not self._store.is_away)
 
     def _set_up(self, is_up: bool) -> None:
         self._is_up = is_up

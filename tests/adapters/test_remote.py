@@ -228,8 +228,10 @@ def test_an_outage_is_asked_about_once_and_not_at_every_request(
     reader = machine(bucket=bucket)
     reader.publish(sources[0], "a", **PUBLISH)
     bucket.fails_from = bucket.calls
+    assert not reader.is_away
     for _ in range(5):
         reader.resolve("a")
+        assert reader.is_away
     assert bucket.calls - bucket.fails_from == 1
     clock.now += 5
     reader.resolve("a")

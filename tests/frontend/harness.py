@@ -93,6 +93,7 @@ class FakeStore:
     """A disk whose files are there whenever one looks."""
 
     is_remote = False
+    is_away = False
 
     def __init__(self) -> None:
         self.paths: dict[str, Path] = {}

@@ -127,6 +127,7 @@ class RemoteStore(AdapterStore):
     not known here."""
 
     is_remote = True
+    is_away = False
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -262,6 +263,39 @@ def test_a_remote_store_goes_away_and_comes_back(far: Shelf) -> None:
         async with catalog.hold("cold") as version:
             assert version.digest == cold
         assert far.heard[-1] is True
+
+    run(test())
+
+
+def test_what_is_resident_does_not_wait_long_for_a_store_that_hangs(
+    far: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.frontend.catalog.SHORT_PATIENCE", 0.01)
+
+    async def test() -> None:
+        digest = far.publish(0)
+        store = remote(far)
+        async with far.catalog.hold("a"):
+            store.gate.clear()
+            assert (await far.catalog.resolve("a")).digest == digest
+            other = asyncio.create_task(far.catalog.resolve("other"))
+            await until(lambda: store.num_looks >= 3)
+            assert not other.done(), "nothing is known of it"
+            store.gate.set()
+            with pytest.raises(AdapterNotFound):
+                await other
+
+    run(test())
+
+
+def test_a_store_that_answers_from_memory_because_it_is_away_is_not_up(far: Shelf) -> None:
+    async def test() -> None:
+        far.publish(0)
+        store = remote(far)
+        for is_away in (False, True, False):
+            store.is_away = is_away  # type: ignore[misc]
+            await far.catalog.resolve("a")
+            assert far.heard[-1] is not is_away
 
     run(test())
 
