@@ -72,20 +72,22 @@ class LoraBlocksShape:
             if ranges is not None:
                 groups.setdefault(ranges, []).append((first, length))
             first += length
-        token_index = packed[4 * self.blocks : 4 * self.blocks + self.tokens]
-        row_index = packed[4 * self.blocks + self.tokens :]
+        token_index, row_index = np.split(packed[4 * self.blocks :], [self.tokens])
         table: list[tuple[int, int, int, int]] = []
-        num_tokens = num_rows = 0
+        pool_rows: list[int] = []
+        num_tokens = 0
         for ranges, pieces in groups.items():
-            rank = _write_ranges(row_index, num_rows, ranges)
+            first_row = len(pool_rows)
+            for begin, end in ranges:
+                pool_rows.extend(range(begin, end))
+            rank = len(pool_rows) - first_row
             assert rank <= self.max_rank, f"rank {rank} in tables for {self.max_rank}"
             begin = num_tokens
             num_tokens = _write_tokens(token_index, begin, pieces)
-            table.extend(
-                (start, min(self.block_tokens, num_tokens - start), num_rows, rank)
-                for start in range(begin, num_tokens, self.block_tokens)
-            )
-            num_rows += rank
+            for start in range(begin, num_tokens, self.block_tokens):
+                table.append((start, min(self.block_tokens, num_tokens - start), first_row, rank))
+        assert len(pool_rows) <= self.rows, f"{len(pool_rows)} rank rows in tables for {self.rows}"
+        row_index[: len(pool_rows)] = pool_rows
         assert len(table) <= self.blocks, f"{len(table)} blocks in tables for {self.blocks}"
         columns = packed[: 4 * self.blocks].reshape(4, self.blocks)
         columns[1] = 0
@@ -101,16 +103,6 @@ def count_blocks(lengths: Sequence[int], rows: Sequence[Ranges | None], block_to
         if ranges is not None:
             tokens[ranges] = tokens.get(ranges, 0) + length
     return sum(-(-count // block_tokens) for count in tokens.values())
-
-
-def _write_ranges(row_index: Int32Array, first: int, ranges: Ranges) -> int:
-    """Write the rows of `ranges` from row_index[first] on; how many they are."""
-    begin = first
-    for start, stop in ranges:
-        assert first + stop - start <= len(row_index), f"more rank rows than the tables' {len(row_index)}"
-        row_index[first : first + stop - start] = np.arange(start, stop, dtype=np.int32)
-        first += stop - start
-    return first - begin
 
 
 def _write_tokens(token_index: Int32Array, first: int, pieces: Sequence[tuple[int, int]]) -> int:
