@@ -13,6 +13,7 @@ import pytest
 
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
+from adapters.stores import Store, open_store
 from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2
 from lorikeet.v1.adapter_pb2_grpc import AdapterServiceStub
 from lorikeet.v1.inference_pb2_grpc import InferenceServiceStub
@@ -20,9 +21,10 @@ from server.frontend.frontend import Frontend
 from server.metrics import Metrics
 from server.rpc.lifecycle import run
 from tests.adapters.builders import BASE_DIGEST, PUBLISH, write_adapter
+from tests.adapters.s3_server import S3Server
 from tests.frontend.fake_engine import ECHO, HOLD
 from tests.frontend.harness import FAKE_ENGINE, base_model
-from tests.rpc.fakes import CONFIG, interrupt
+from tests.rpc.fakes import BASE, CONFIG, interrupt
 from tests.rpc.test_services import failure
 
 Adapter = adapter_pb2.Adapter
@@ -60,24 +62,31 @@ class World:
 
 
 @asynccontextmanager
+async def serving_from(store: Store, directory: Path) -> AsyncIterator[tuple[grpc.aio.Channel, Metrics]]:
+    """A server over a store, and a channel to it."""
+    config = replace(CONFIG, grace=0.0)
+    metrics = Metrics()
+    registry = AdapterRegistry(store, BASE_DIGEST)
+    frontend = Frontend(config, base_model(directory), registry, metrics, engine_command=FAKE_ENGINE)
+    started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    serving = run(
+        config, BASE, frontend, frontend.catalog, metrics, on_started=lambda port, _: started.set_result(port)
+    )
+    task = asyncio.create_task(serving)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{await started}") as channel:
+        yield channel, metrics
+        interrupt()
+        await task
+
+
+@asynccontextmanager
 async def world(directory: Path) -> AsyncIterator[World]:
     store = AdapterStore(directory / "store")
     old, new = (
         store.publish(write_adapter(directory / str(seed), seed=seed), "a", **PUBLISH).digest for seed in range(2)
     )
-    config = replace(CONFIG, grace=0.0)
-    metrics = Metrics()
-    base = base_model(directory)
-    frontend = Frontend(config, base, AdapterRegistry(store, BASE_DIGEST), metrics, engine_command=FAKE_ENGINE)
-    started: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    serving = run(
-        config, base, frontend, frontend.catalog, metrics, on_started=lambda port, _: started.set_result(port)
-    )
-    task = asyncio.create_task(serving)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{await started}") as channel:
+    async with serving_from(store, directory) as (channel, metrics):
         yield World(store, old, new, InferenceServiceStub(channel), AdapterServiceStub(channel), metrics)
-        interrupt()
-        await task
 
 
 async def code_of(call: Any) -> grpc.StatusCode:
@@ -242,3 +251,52 @@ def test_a_load_tells_how_far_it_is(tmp_path: Path) -> None:
             assert (last.adapter.digest, last.adapter.residency) == (server.new, Adapter.RESIDENCY_DEVICE)
 
     asyncio.run(scenario())
+
+
+def test_a_store_in_a_bucket_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in memory is served all the while; what is not is refused, with a time to come back, until it is back."""
+    bucket = S3Server()
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "server"))
+    bucket.make_bucket("adapters")
+    location = "s3://adapters/all"
+
+    def publish(seed: int, name: str) -> str:
+        """From another machine, whose cache is its own."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+        version = open_store(location).publish(write_adapter(tmp_path / name, seed=seed), name, **PUBLISH)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "server"))
+        return version.digest
+
+    digests = {name: publish(seed, name) for seed, name in enumerate(("hot", "cold"))}
+
+    async def scenario() -> None:
+        async with serving_from(open_store(location), tmp_path) as (channel, metrics):
+            stub = InferenceServiceStub(channel)
+
+            def ask(name: str) -> Any:
+                prompt = common_pb2.TokenIds(ids=[ECHO, 5])
+                return stub.Generate(inference_pb2.GenerateRequest(adapter_id=name, token_ids=prompt))
+
+            load = AdapterServiceStub(channel).StreamLoadAdapter(adapter_pb2.StreamLoadAdapterRequest(adapter_id="hot"))
+            stages = [event.progress.stage async for event in load if event.HasField("progress")]
+            assert stages[0] == adapter_pb2.Progress.STAGE_FETCHING
+            assert (await ask("hot")).adapter_digest == digests["hot"]
+            bucket.stop()
+            for _ in range(3):
+                assert (await ask("hot")).adapter_digest == digests["hot"]
+                code, _, details = await failure(ask("cold"))
+                assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.UNAVAILABLE, "STORE_UNAVAILABLE")
+                assert details["RetryInfo"].retry_delay.ToSeconds() > 0
+            assert metrics.registry.get_sample_value("lorikeet_store_up") == 0
+            bucket.start()
+            while metrics.registry.get_sample_value("lorikeet_store_up") == 0:
+                await asyncio.sleep(0.1)
+                await code_of(ask("cold"))
+            assert (await ask("cold")).adapter_digest == digests["cold"]
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        bucket.stop()
