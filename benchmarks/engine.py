@@ -128,6 +128,7 @@ def main() -> None:
         max_num_seqs=max(batch for batch, _ in cases),
         max_batch_tokens=args.max_batch_tokens,
         prefix_caching=False,
+        canary=False,
     )
     engine = build_engine(config, collector)
     count = max(adapters for _, adapters in cases)

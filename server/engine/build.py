@@ -1,5 +1,6 @@
 """Wires an engine from its settings: the one place that decides sizes and picks backends."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,13 +19,13 @@ from server.engine.canary import Canary
 from server.engine.engine import Channel, Engine
 from server.engine.messages import Ready
 from server.engine.pages import PageManager
-from server.engine.runner import Runner
+from server.engine.runner import DecodeGraphs, Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.errors import BaseModelError, ConfigError
 from server.lora.pool import AdapterPool
 from server.lora.weights import load_adapter
-from server.model.attention import TorchAttention
+from server.model.attention import AttentionBackend, TorchAttention
 from server.model.kv_cache import KVCache, kv_bytes_per_token
 from server.model.loader import DTYPES, load_weights
 from server.model.transformer import Transformer
@@ -55,7 +56,8 @@ def build_engine(
     pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
     num_pages = _num_pages(config, spec, dtype, device, available)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
-    cache = KVCache.allocate(spec, num_pages, config.page_size, dtype, device)
+    # One page more than there are to give out: padded rows of a captured batch write there.
+    cache = KVCache.allocate(spec, num_pages + 1, config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
     adapters = AdapterCache(
         pool,
@@ -80,13 +82,24 @@ def build_engine(
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(directory, raw),
     )
+    sampler = Sampler(config.max_num_seqs, spec.vocab_size, device)
+    attention: AttentionBackend = TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device)
+    graphs: DecodeGraphs | None = None
+    if _has_flashinfer(device, dtype):
+        from server.engine import graphs as captured
+        from server.model.flashinfer_attention import FlashInferAttention
+
+        progress("compiling or loading the attention kernels")
+        attention = FlashInferAttention(spec, config.page_size, num_pages, dtype, device)
+        graphs = captured.DecodeGraphs(model, cache, attention, sampler, pool, config.max_num_seqs, progress)
     runner = Runner(
         model=model,
         cache=cache,
-        attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device),
-        sampler=Sampler(config.max_num_seqs, spec.vocab_size, device),
+        attention=attention,
+        sampler=sampler,
         pool=pool,
         rows_of=adapters.rows,
+        graphs=graphs,
     )
     ready = Ready(
         device=str(device),
@@ -108,6 +121,16 @@ def build_engine(
         memory=memory,
         overlap=overlap if overlap is not None else int(device.type != "cpu"),
     )
+
+
+def _has_flashinfer(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether FlashInfer runs here: a GPU, 16 bits, and the `cuda` extra installed."""
+    if device.type != "cuda" or dtype is torch.float32:
+        return False
+    if importlib.util.find_spec("flashinfer") is None:
+        log.warning("flashinfer is not installed: decoding will be several times slower; pip install 'lorikeet[cuda]'")
+        return False
+    return True
 
 
 def resolve_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +18,34 @@ from server.model.kv_cache import KVCache
 from server.model.transformer import Transformer
 
 
+class DecodeGraphs(Protocol):
+    """Decode steps, captured; `server.engine.graphs` on CUDA."""
+
+    def holds(self, spans: Sequence[TokenSpan]) -> bool:
+        """Whether some graph serves a decode batch of these adapters."""
+        ...
+
+    def run(
+        self, rows: Sequence[int], chunks: Sequence[AttentionChunk], slots: Sequence[int], spans: Sequence[TokenSpan]
+    ) -> Tensor:
+        """Logits [n, vocab], valid until the next call, of the tokens last drawn for these sampler rows."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A step under way; `result` waits for the device."""
+    """A step under way. `drawn` is on the host once `done` has passed (None: already); later steps are not awaited."""
 
     chunks: tuple[Chunk, ...]
     drawn: SampledBatch | None
+    done: torch.cuda.Event | None
 
     def result(self) -> list[Sampled]:
-        """One for each chunk that draws a token, in the plan's order."""
+        """One for each chunk that draws a token, in the plan's order; waits for the device."""
         if self.drawn is None:
             return []
+        if self.done is not None:
+            self.done.synchronize()
         tokens: list[int] = self.drawn.tokens.tolist()
         if self.drawn.logprobs is None:
             return [Sampled(token, None) for token in tokens]
@@ -36,7 +54,8 @@ class StepHandle:
 
 
 class Runner:
-    """Executes plans on one device. `rows_of` gives a resident adapter's rows in the pool by digest."""
+    """Executes plans on one device. `rows_of` gives a resident adapter's rows in the pool by digest; `graphs` runs
+    the steps that only decode, where there are any."""
 
     def __init__(
         self,
@@ -46,6 +65,7 @@ class Runner:
         sampler: Sampler,
         pool: AdapterPool,
         rows_of: Callable[[str], Ranges],
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -53,6 +73,7 @@ class Runner:
         self._sampler = sampler
         self._pool = pool
         self._rows_of = rows_of
+        self._graphs = graphs
         self._device = cache.k.device
 
     @torch.inference_mode()
@@ -61,13 +82,46 @@ class Runner:
         for seq in plan.admitted:
             assert seq.row is not None, f"{seq.request_id} admitted without a row"
             self._sampler.admit(seq.row, seq.sampling, seq.prompt, seq.output)
-        batch = self._batch(plan)
+        logits = self._replay(plan) if plan.num_decodes == len(plan.chunks) else None
+        if logits is None:
+            logits = self._model.forward(self._batch(plan), self._cache)
         drawing = tuple(chunk for chunk in plan.chunks if chunk.samples)
-        logits = self._model.forward(batch, self._cache)
         if not drawing:
-            return StepHandle((), None)
+            return StepHandle((), None, None)
         rows = [_row(chunk) for chunk in drawing]
-        return StepHandle(drawing, self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing]))
+        drawn = self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing])
+        return self._handle(drawing, drawn)
+
+    def _replay(self, plan: Plan) -> Tensor | None:
+        """Logits of a step that only decodes; None where no graph serves it."""
+        spans = [self._span(chunk) for chunk in plan.chunks]
+        if self._graphs is None or not self._graphs.holds(spans):
+            return None
+        return self._graphs.run(
+            [_row(chunk) for chunk in plan.chunks],
+            [AttentionChunk(chunk.start, 1, chunk.seq.pages) for chunk in plan.chunks],
+            [self._slot(chunk, chunk.start) for chunk in plan.chunks],
+            spans,
+        )
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        """Where the cache holds the token at a position of the sequence."""
+        page_size = self._cache.page_size
+        return chunk.seq.pages[position // page_size] * page_size + position % page_size
+
+    def _span(self, chunk: Chunk) -> TokenSpan:
+        adapter = chunk.seq.adapter
+        return TokenSpan(chunk.length, None if adapter is None else self._rows_of(adapter.digest))
+
+    def _handle(self, drawing: tuple[Chunk, ...], drawn: SampledBatch) -> StepHandle:
+        if self._device.type == "cpu":
+            return StepHandle(drawing, drawn, None)
+        fields = (drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+        tokens, *rest = (None if field is None else _to_host(field) for field in fields)
+        assert tokens is not None, "tokens are always drawn"
+        done = torch.cuda.Event()
+        done.record()
+        return StepHandle(drawing, SampledBatch(tokens, *rest), done)
 
     def _batch(self, plan: Plan) -> ForwardBatch:
         ids: list[int] = []
@@ -77,7 +131,6 @@ class Runner:
         pending: list[tuple[int, int]] = []  # (index in the batch, row) of tokens that only the device knows yet
         attention: list[AttentionChunk] = []
         spans: list[TokenSpan] = []
-        page_size = self._cache.page_size
         for chunk in plan.chunks:
             seq = chunk.seq
             known = seq.tokens(chunk.start, chunk.stop)
@@ -87,11 +140,11 @@ class Runner:
                 pending.append((len(ids), _row(chunk)))
                 ids.append(0)
             positions += range(chunk.start, chunk.stop)
-            slots += [seq.pages[p // page_size] * page_size + p % page_size for p in range(chunk.start, chunk.stop)]
+            slots += [self._slot(chunk, position) for position in range(chunk.start, chunk.stop)]
             if chunk.samples:
                 sample_index.append(len(ids) - 1)
             attention.append(AttentionChunk(chunk.start, chunk.length, seq.pages))
-            spans.append(TokenSpan(chunk.length, None if seq.adapter is None else self._rows_of(seq.adapter.digest)))
+            spans.append(self._span(chunk))
         split = plan.num_decodes
         return ForwardBatch(
             input_ids=self._input_ids(ids, pending),
@@ -117,6 +170,11 @@ class Runner:
 def _row(chunk: Chunk) -> int:
     assert chunk.seq.row is not None, f"{chunk.seq.request_id} runs without a row"
     return chunk.seq.row
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, there when the stream has come so far."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _token_logprobs(chunks: Sequence[Chunk], drawn: SampledBatch) -> list[TokenLogprob | None]:

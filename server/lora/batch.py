@@ -20,6 +20,11 @@ class TokenSpan(NamedTuple):
     length: int
     rows: Ranges | None
 
+    @property
+    def rank(self) -> int:
+        """Rank rows of the adapter; 0 for the base."""
+        return sum(stop - start for start, stop in self.rows or ())
+
 
 class LowRankTerm(Protocol):
     """What the adapters of a batch add to its linear layers."""
@@ -56,9 +61,13 @@ class LoraBatch:
 
 def build_lora_batch(
     pool: AdapterPool, decodes: Sequence[TokenSpan], prefills: Sequence[TokenSpan]
-) -> LoraBatch | None:
+) -> LowRankTerm | None:
     """None when no token has an adapter. Decodes come first in the batch and have length 1."""
     spans = [*decodes, *prefills]
+    if pool.is_cuda:
+        from server.lora.gpu_batch import build_gpu_lora_batch
+
+        return build_gpu_lora_batch(pool, spans)
     distinct = {span.rows for span in spans if span.rows is not None}
     if not distinct:
         return None

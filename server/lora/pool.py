@@ -36,6 +36,7 @@ class AdapterPool:
     def __init__(self, spec: ModelSpec, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         groups = linear_groups(spec)
         self.dtype = dtype
+        self.is_cuda = device.type == "cuda"
         self.row_bytes = (
             spec.num_layers
             * dtype.itemsize

@@ -14,13 +14,13 @@ class ForwardBatch:
 
     input_ids, positions  [n] int64
     slots                 [n] int64  where each token's K and V go in the cache
-    sample_index          [samples] int64  the tokens whose logits are wanted
+    sample_index          [samples] int64  the tokens whose logits are wanted; None: all
     lora                  None when no token has an adapter: then no LoRA operation runs at all
     """
 
     input_ids: Tensor
     positions: Tensor
     slots: Tensor
-    sample_index: Tensor
+    sample_index: Tensor | None
     attention: AttentionPlan
     lora: LowRankTerm | None

@@ -61,7 +61,7 @@ class Transformer:
         )
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Logits [samples, vocab] of the tokens in batch.sample_index, in the model's dtype; K and V go to cache."""
+        """Logits [samples, vocab] of the tokens in batch.sample_index, in the model's dtype; K and V are cached."""
         eps = self.spec.rms_eps
         cos = self._cos[batch.positions].unsqueeze(1)  # [n, 1, d]
         sin = self._sin[batch.positions].unsqueeze(1)
@@ -76,7 +76,7 @@ class Transformer:
             x, residual = add_rms_norm(
                 x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps
             )
-        return self.weights.head(x[batch.sample_index])
+        return self.weights.head(x if batch.sample_index is None else x[batch.sample_index])
 
     def _attend(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache

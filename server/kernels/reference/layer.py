@@ -82,9 +82,10 @@ def rope_and_store(
     heads = states.shape[1] - 2 * kv_heads
     qk, v = states[:, : heads + kv_heads], states[:, heads + kv_heads :]
     if norms is not None:
-        q, k = qk.split([heads, kv_heads], dim=1)
-        qk = torch.cat([rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)], dim=1)
-    q, k = apply_rope(qk, cos, sin).split([heads, kv_heads], dim=1)
+        queries, keys = qk.split([heads, kv_heads], dim=1)
+        qk = torch.cat([rms_norm(queries, norms[0], eps), rms_norm(keys, norms[1], eps)], dim=1)
+    rotated = apply_rope(qk, cos, sin)
+    q, k = rotated[:, :heads], rotated[:, heads:]
     k_cache.index_copy_(0, slots, k)
     v_cache.index_copy_(0, slots, v)
     return q

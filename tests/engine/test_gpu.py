@@ -1,0 +1,99 @@
+"""The engine on a GPU: captured decodes, FlashInfer and the Triton kernels against transformers and PEFT in float32."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from server.engine.messages import AdapterRef, SamplingParams, StopParams, Submit
+from tests.engine.inprocess import Driver, make_adapter
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"bfloat16": 0.3, "float16": 0.02}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.06)
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    return model, directory
+
+
+@torch.no_grad()
+def oracle_logprobs(
+    model: PreTrainedModel, ids: list[int], output: list[int], adapter: AdapterRef | None
+) -> list[float]:
+    """float32 log-probabilities of the tokens that the engine drew, after the tokens it drew."""
+    net = model if adapter is None else PeftModel.from_pretrained(model, adapter.path).eval()
+    logits = net(torch.tensor([ids + output])).logits[0, len(ids) - 1 : -1]
+    if isinstance(net, PeftModel):
+        net.unload()
+    return logits.log_softmax(-1)[torch.arange(len(output)), torch.tensor(output)].tolist()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_mixed_adapters(dtype: str, llama: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    """Twenty sequences of many lengths over base and adapters of ranks 4 to 100: captured steps, steps with prefills,
+    and, for rank 100, decodes that no graph serves."""
+    model, directory = llama
+    ranks = (4, 16, 64, 5, 33, 100)
+    adapters: list[AdapterRef | None] = [None]
+    for i, rank in enumerate(ranks):
+        settings: dict[str, Any] = {"r": rank, "lora_alpha": rank}
+        adapters.append(make_adapter(model, tmp_path / f"a{i}", i, **settings))
+    driver = Driver(directory, overlap=None, device="cuda", dtype=dtype, max_batch_tokens=96, kv_cache_bytes=4 << 20)
+    rng = random.Random(0)
+    requests = {}
+    for i in range(20):
+        adapter = adapters[i % (len(adapters) - (i < 10))]
+        requests[f"r{i}"] = (rng.choices(range(1000), k=3 + 9 * i), 12 + i, adapter)
+    for request_id, (ids, max_tokens, adapter) in requests.items():
+        sampling = SamplingParams(temperature=0.0, seed=0, logprobs=0)
+        driver.engine.handle(Submit(request_id, ids, sampling, StopParams(max_tokens, ignore_eos=True), adapter))
+    driver.run(*requests)
+    for request_id, (ids, max_tokens, adapter) in requests.items():
+        output = driver.inbox.tokens(request_id)
+        assert len(output) == max_tokens
+        drawn = [lp.logprob for out in driver.inbox.outputs[request_id] for lp in out.logprobs or []]
+        want = oracle_logprobs(model, ids, output, adapter)
+        worst = max(abs(a - b) for a, b in zip(drawn, want, strict=True))
+        assert worst < TOLERANCE[dtype], f"{request_id}: {worst}"
+        if adapter is not None:
+            base = oracle_logprobs(model, ids, output, None)
+            assert max(abs(a - b) for a, b in zip(base, want, strict=True)) > 0.5, (
+                "the adapter has no effect to be seen"
+            )
+    assert driver.engine.stats().pages_used == 0
+
+
+def test_seeds_are_the_same_in_any_batch(llama: tuple[PreTrainedModel, Path]) -> None:
+    """A draw depends on seed and step; in 16 bits another batch may round a logit otherwise, so most tokens agree."""
+    driver = Driver(llama[1], overlap=None, device="cuda", dtype="float16")
+    alone = driver.generate(list(range(9)), 20, None, temperature=0.8, seed=5)
+    for i in range(7):
+        driver.submit(f"other{i}", list(range(i + 3)), 25, None, temperature=0.5, seed=i)
+    driver.submit("same", list(range(9)), 20, None, temperature=0.8, seed=5)
+    driver.run("same", *(f"other{i}" for i in range(7)))
+    same = driver.inbox.tokens("same")
+    assert same[:3] == alone[:3]
