@@ -31,7 +31,7 @@ from lorikeet.v1 import (
 from server.cli import main
 from server.cli.exits import ExitCode
 from server.cli.options import parse_address, parse_size
-from tests.support.tiny_base import write_base
+from tests.support.base_files import write_base
 
 DIGEST = "sha256:" + "ab" * 32
 HEAVY = ("torch", "transformers", "grpc", "google.protobuf", "tokenizers", "msgspec", "jinja2", "numpy")

@@ -17,7 +17,7 @@ from adapters.store import AdapterStore
 from server.cli import main
 from server.cli.exits import ExitCode
 from tests.adapters.s3_server import S3Server
-from tests.support.tiny_base import write_adapter, write_base
+from tests.support.base_files import write_adapter, write_base
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "adapter_model.safetensors"
