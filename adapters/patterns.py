@@ -7,17 +7,17 @@ reached (Thompson, 1968), and the work that one config may ask for is bounded.
 
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 Pattern = Callable[[str], bool]
 _Step = Callable[["_Run", int], int]  # positions reached before → after; a set of positions is a bit mask
 
 _MAX_LENGTH = 4096
-_MAX_STEPS = 2_000_000  # a second or so; every layer of a 100-layer model against as many plain keys needs half
-_STEPS_A_NODE = 5  # what following a node costs, where one match by `re` costs 1
-# `re` finds no choice to backtrack over in these, and is faster; the second form is what a pattern key stands for.
-_PLAIN = re.compile(r"[\w.]*|\(\.\*\\\.\)\?\([\w.]*\)\$")
+_MAX_STEPS = 1_000_000  # each half a microsecond or so
+_STEPS_A_CHARACTER = 12  # what parsing costs
+# What a key of rank_pattern or alpha_pattern usually is; a dot in it is any character.
+_PLAIN = re.compile(r"[\w.]*")
 _CLASSES = {
     "CATEGORY_DIGIT": r"\d",
     "CATEGORY_NOT_DIGIT": r"\D",
@@ -50,18 +50,36 @@ class PatternCompiler:
         """A predicate that is `re.fullmatch(expression, name) is not None`. Both raise UnsafePattern."""
         if len(expression) > _MAX_LENGTH:
             raise UnsafePattern(f"it is longer than {_MAX_LENGTH} characters")
+        self.spend(_STEPS_A_CHARACTER * len(expression))
         try:
-            compiled = re.compile(expression)
-            if _PLAIN.fullmatch(expression):
-                return lambda name: self.spend(1) and compiled.fullmatch(name) is not None
-            if compiled.flags != re.UNICODE:
+            parsed = importlib.import_module("re._parser").parse(expression)
+            if parsed.state.flags != re.UNICODE:
                 raise UnsafePattern("flags are not supported")
-            step = _sequence(importlib.import_module("re._parser").parse(expression))
+            step = _sequence(parsed)
         except (re.error, OverflowError) as error:
             raise UnsafePattern(f"it is not valid: {error}") from None
         except RecursionError:
             raise UnsafePattern("it is nested too deeply") from None
         return lambda name: bool(step(_Run(name, self), 1) >> len(name))
+
+    def compile_keys(self, keys: Sequence[str]) -> Callable[[str], int | None]:
+        """What tells the index of the first key that stands for the end of a name: all of it, or what follows a dot.
+
+        A key is an expression; that of most is plain, and any number of those costs little.
+        """
+        plain = _PlainKeys({key: at for at, key in reversed([*enumerate(keys)]) if _PLAIN.fullmatch(key)}, self)
+        others = [(at, self.compile(suffix_pattern(key))) for at, key in enumerate(keys) if not _PLAIN.fullmatch(key)]
+
+        def first(name: str) -> int | None:
+            best = plain.first(name)
+            for at, matches in others:
+                if best is not None and at > best:
+                    break
+                if matches(name):
+                    return at
+            return best
+
+        return first
 
     def spend(self, steps: int) -> bool:
         """Counts work done; always true."""
@@ -71,20 +89,56 @@ class PatternCompiler:
         return True
 
 
+def suffix_pattern(key: str) -> str:
+    """The expression that a key of rank_pattern or alpha_pattern stands for."""
+    return rf"(.*\.)?({key})$"
+
+
+class _PlainKeys:
+    """Keys without other signs than dots, by their length and where their dots are: names of the same form are looked
+    up, not compared."""
+
+    def __init__(self, keys: Mapping[str, int], compiler: PatternCompiler) -> None:
+        self._spend = compiler.spend
+        self._forms: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
+        for key, at in keys.items():
+            dots = tuple(i for i, character in enumerate(key) if character == ".")
+            self._forms.setdefault((len(key), dots), {})[key] = at
+
+    def first(self, name: str) -> int | None:
+        best: int | None = None
+        for (size, dots), keys in self._forms.items():
+            self._spend(1)
+            start = len(name) - size
+            if start < 0 or (start > 0 and name[start - 1] != "."):
+                continue
+            end = name[start:]
+            if dots:
+                self._spend(2 + len(dots))
+                characters = list(end)
+                for dot in dots:
+                    characters[dot] = "."
+                end = "".join(characters)
+            at = keys.get(end)
+            if at is not None and (best is None or at < best):
+                best = at
+        return best
+
+
 class _Run:
     """One name being matched."""
 
     def __init__(self, name: str, compiler: PatternCompiler) -> None:
         self.name = name
         self.spend = compiler.spend
-        self._masks: dict[int, int] = {}
+        self._masks: dict[Hashable, int] = {}
 
-    def where(self, holds: Callable[[str, int], bool]) -> int:
-        """The positions of the name, its end too, at which a condition holds."""
-        key = id(holds)
-        if key not in self._masks:
-            self._masks[key] = sum(1 << at for at in range(len(self.name) + 1) if holds(self.name, at))
-        return self._masks[key]
+    def where(self, condition: Hashable, holds: Callable[[str, int], bool]) -> int:
+        """The positions of the name, its end too, at which a condition holds; worked out once for each."""
+        if condition not in self._masks:
+            self.spend(1 + len(self.name))
+            self._masks[condition] = sum(1 << at for at in range(len(self.name) + 1) if holds(self.name, at))
+        return self._masks[condition]
 
 
 def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Step:
@@ -92,7 +146,7 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Step:
 
     def run(run: _Run, reached: int) -> int:
         for step in steps:
-            run.spend(_STEPS_A_NODE)
+            run.spend(1)
             if not (reached := step(run, reached)):
                 break
         return reached
@@ -102,11 +156,11 @@ def _sequence(nodes: Iterable[tuple[Any, Any]]) -> _Step:
 
 def _node(kind: str, argument: Any) -> _Step:
     if kind in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-        return _one_character(_member(kind, argument))
+        return _one_character((kind, str(argument)), _member(kind, argument))
     if kind == "AT":
         anchor = re.compile(_ANCHORS[str(argument)])
         holds = lambda name, at: anchor.match(name, at) is not None  # noqa: E731
-        return lambda run, reached: reached & run.where(holds)
+        return lambda run, reached: reached & run.where(str(argument), holds)
     if kind == "SUBPATTERN" and not argument[1] and not argument[2]:  # group, flags added, flags removed, nodes
         return _sequence(argument[3])
     if kind == "BRANCH":
@@ -118,9 +172,9 @@ def _node(kind: str, argument: Any) -> _Step:
     raise UnsafePattern(f"it uses what is not supported here ({kind.lower()})")
 
 
-def _one_character(is_member: Callable[[str], bool]) -> _Step:
+def _one_character(condition: Hashable, is_member: Callable[[str], bool]) -> _Step:
     holds = lambda name, at: at < len(name) and is_member(name[at])  # noqa: E731
-    return lambda run, reached: (reached & run.where(holds)) << 1
+    return lambda run, reached: (reached & run.where(condition, holds)) << 1
 
 
 def _member(kind: str, argument: Any) -> Callable[[str], bool]:

@@ -72,6 +72,7 @@ _REFUSED = {
 }
 # Plain LoRA over the unchanged base, whatever A and B began as.
 _PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
+_MAX_LAYERS_PATTERNS = 16
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -97,14 +98,14 @@ class LoraSettings:
         patterns = PatternCompiler()
         matches = self._matcher(self.target_modules, patterns)
         excludes = self._matcher(self.exclude_modules or frozenset(), patterns)
-        ranks = [(patterns.compile(suffix_pattern(key)), value) for key, value in self.rank_pattern.items()]
-        alphas = [(patterns.compile(suffix_pattern(key)), value) for key, value in self.alpha_pattern.items()]
+        ranks, find_rank = list(self.rank_pattern.values()), patterns.compile_keys(list(self.rank_pattern))
+        alphas, find_alpha = list(self.alpha_pattern.values()), patterns.compile_keys(list(self.alpha_pattern))
         found: dict[str, tuple[int, float]] = {}
         for path in modules:
             if excludes(path) or not matches(path) or not self._layer_matches(path):
                 continue
-            rank = next((value for pattern, value in ranks if pattern(path)), self.rank)
-            alpha = next((value for pattern, value in alphas if pattern(path)), self.alpha)
+            rank = self.rank if (at := find_rank(path)) is None else ranks[at]
+            alpha = self.alpha if (at := find_alpha(path)) is None else alphas[at]
             found[path] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
         return found
 
@@ -125,11 +126,6 @@ class LoraSettings:
             if match := re.match(expression, path):
                 return int(match.group(1)) in self.layers_to_transform
         return False
-
-
-def suffix_pattern(key: str) -> str:
-    """The expression that a key of rank_pattern or alpha_pattern stands for."""
-    return rf"(.*\.)?({key})$"
 
 
 def unsupported_settings(config: Mapping[str, Any]) -> list[str]:
@@ -170,7 +166,7 @@ def parse_settings(config: Mapping[str, Any], max_rank: int) -> LoraSettings | l
         key: reader.number(f"alpha_pattern[{key!r}]", value) for key, value in reader.mapping("alpha_pattern").items()
     }
     for key in (*ranks, *alphas):
-        reader.pattern("rank_pattern" if key in ranks else "alpha_pattern", suffix_pattern(key))
+        reader.pattern("rank_pattern" if key in ranks else "alpha_pattern", key, is_key=True)
     settings = LoraSettings(
         rank=rank,
         alpha=alpha,
@@ -237,9 +233,9 @@ class _Reader:
         self.fault(key, "must be a list of names or a pattern")
         return None
 
-    def pattern(self, key: str, expression: str) -> None:
+    def pattern(self, key: str, expression: str, *, is_key: bool = False) -> None:
         try:
-            self._patterns.compile(expression)
+            (self._patterns.compile_keys([expression]) if is_key else self._patterns.compile(expression))
         except UnsafePattern as error:
             self.fault(key, f"has the pattern {expression!r:.80}, but {error}")
 
@@ -262,9 +258,16 @@ class _Reader:
         if self._config.get("layers_to_transform") is None:
             self.fault("layers_pattern", "needs layers_to_transform")
         names = [value] if isinstance(value, str) else value
-        if isinstance(names, list) and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in names):
+        if (
+            isinstance(names, list)
+            and len(names) <= _MAX_LAYERS_PATTERNS
+            and all(isinstance(name, str) and re.fullmatch(r"[\w.]+", name) for name in names)
+        ):
             return tuple(names)
-        self.fault("layers_pattern", "must be the plain name of a list of layers, or a list of such names")
+        self.fault(
+            "layers_pattern",
+            f"must be the plain name of a list of layers, or a list of at most {_MAX_LAYERS_PATTERNS} such names",
+        )
         return ()
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters.patterns import PatternCompiler, UnsafePattern
+from adapters.patterns import PatternCompiler, UnsafePattern, suffix_pattern
 
 NAMES = [
     f"model.layers.{layer}.{name}"
@@ -50,6 +50,21 @@ def test_matches_exactly_what_re_matches(expression: str, name: str) -> None:
 def test_matches_module_names_as_re_does(expression: str) -> None:
     matches = PatternCompiler().compile(expression)
     assert [matches(name) for name in NAMES] == [re.fullmatch(expression, name) is not None for name in NAMES]
+
+
+@given(
+    st.lists(st.one_of(st.text("ab.", max_size=4), EXPRESSIONS), max_size=6),
+    st.text("ab.0", max_size=8),
+)
+def test_of_keys_the_first_that_re_matches_counts(keys: list[str], name: str) -> None:
+    expected = [at for at, key in enumerate(keys) if re.fullmatch(suffix_pattern(key), name)]
+    assert PatternCompiler().compile_keys(keys)(name) == (expected[0] if expected else None)
+
+
+def test_a_key_for_every_layer_of_a_large_model_is_no_work() -> None:
+    names = [f"model.layers.{layer}.{part}.{name}" for layer in range(126) for part in "ab" for name in "cdefg"]
+    first = PatternCompiler().compile_keys([f"k{i}" for i in range(50_000)] + names[::-1])
+    assert [first(name) for name in names] == [50_000 + at for at in range(len(names))][::-1]
 
 
 @pytest.mark.parametrize("expression", ["(a*)*" * 30 + "b", "(a|a)*" * 40 + "!", "(.*)*" * 50 + "!", "(?:.*.*.*.*)*!"])
