@@ -77,14 +77,16 @@ class Catalog:
         self._registry = registry
         self._store = registry.store
         self._on_store = on_store
-        # Apart, so that fetching does not hold up looking; and not the loop's own threads, which encode prompts.
-        self._lookups = ThreadPoolExecutor(4, thread_name_prefix="store")
+        # Apart, so that what takes long does not hold up looking; and not the loop's threads, which encode prompts.
+        self._lookups = ThreadPoolExecutor(4, thread_name_prefix="store-look")
         self._fetches = ThreadPoolExecutor(4, thread_name_prefix="store-fetch")
+        self._calls = ThreadPoolExecutor(4, thread_name_prefix="store-call")
         self._leases = Leases(self._store, self._fetches)
         self._users: Counter[tuple[str, str]] = Counter()  # of a name, a digest
         self._names: OrderedDict[str, str] = OrderedDict()
         self._answers: OrderedDict[str, _Answer] = OrderedDict()
         self._asking: dict[str, asyncio.Task[Version]] = {}
+        self._num_writes = 0
         self._is_up = True
 
     # Reading
@@ -102,7 +104,7 @@ class Catalog:
 
     async def list(self, page_size: int, page_token: str) -> tuple[Sequence[AdapterEntry], str]:
         """As `AdapterRegistry.list`."""
-        return await self._ask(functools.partial(self._registry.list, page_size, page_token))
+        return await self._ask(self._calls, functools.partial(self._registry.list, page_size, page_token))
 
     @contextlib.asynccontextmanager
     async def hold(self, adapter_id: str, on_fetch: Callable[[], None] = lambda: None) -> AsyncGenerator[Version, None]:
@@ -141,26 +143,26 @@ class Catalog:
 
     async def move_label(self, name: str, label: str, digest: str, expected: str | None) -> Version:
         """As `AdapterStore.move_label`."""
-        return await self._ask(functools.partial(self._store.move_label, name, label, digest, expected=expected))
+        return await self._write(functools.partial(self._store.move_label, name, label, digest, expected=expected))
 
     async def rollback(self, name: str, label: str, expected: str | None) -> Version:
         """As `AdapterStore.rollback`."""
-        return await self._ask(functools.partial(self._store.rollback, name, label, expected=expected))
+        return await self._write(functools.partial(self._store.rollback, name, label, expected=expected))
 
     async def remove(self, name: str, digest: str | None) -> Sequence[str]:
         """Forget a version of a name, or the name with all it has; what was forgotten. As `AdapterStore.remove` and
         `remove_version`."""
         if digest is not None:
-            await self._ask(functools.partial(self._store.remove_version, name, digest))
+            await self._write(functools.partial(self._store.remove_version, name, digest))
             return (digest,)
-        entry = await self._ask(functools.partial(self._registry.get, name))
-        await self._ask(functools.partial(self._store.remove, name))
+        entry = await self._ask(self._calls, functools.partial(self._registry.get, name))
+        await self._write(functools.partial(self._store.remove, name))
         return entry.digests
 
     def close(self) -> None:
         """Gives up every lease. A look that is under way ends when it ends."""
         self._leases.close()
-        for executor in (self._lookups, self._fetches):
+        for executor in (self._lookups, self._fetches, self._calls):
             executor.shutdown(wait=False, cancel_futures=True)
 
     # A store that may be slow or away
@@ -188,26 +190,40 @@ class Catalog:
             return known.version
 
     async def _look_up(self, adapter_id: str, now: float) -> Version:
-        version = await self._ask(functools.partial(self._registry.resolve, adapter_id))
-        _remember(self._answers, adapter_id, _Answer(version, now))
+        """Raises StoreUnavailable when the store takes too long."""
+        num_writes = self._num_writes
+        try:
+            async with asyncio.timeout(PATIENCE):
+                version = await self._ask(self._lookups, functools.partial(self._registry.resolve, adapter_id))
+        except TimeoutError:
+            self._set_up(False)
+            message = f"the store did not answer within {PATIENCE:g} seconds"
+            raise StoreUnavailable(message, retry_after=RETRY_AFTER) from None
+        if num_writes == self._num_writes:  # else this may be what was before
+            _remember(self._answers, adapter_id, _Answer(version, now))
         return version
 
     def _asked(self, adapter_id: str, asking: "asyncio.Task[Version]") -> None:
-        del self._asking[adapter_id]
+        if self._asking.get(adapter_id) is asking:
+            del self._asking[adapter_id]
         if not asking.cancelled():
             error = asking.exception()  # nobody may be waiting for it
             if error is not None and not isinstance(error, StoreUnavailable):
                 self._answers.pop(adapter_id, None)
 
-    async def _ask(self, question: Callable[[], T]) -> T:
-        """The answer, from a thread. Raises StoreUnavailable when a remote store takes too long."""
-        answer = asyncio.get_running_loop().run_in_executor(self._lookups, question)
+    async def _write(self, change: Callable[[], T]) -> T:
+        """Whoever asks once this has returned hears of the change."""
+        try:
+            return await self._ask(self._calls, change)
+        finally:
+            self._num_writes += 1
+            self._answers.clear()
+            self._asking.clear()
+
+    async def _ask(self, executor: ThreadPoolExecutor, question: Callable[[], T]) -> T:
+        """The answer, from a thread."""
         with self._watched():
-            try:
-                async with asyncio.timeout(PATIENCE if self._store.is_remote else None):
-                    return await answer
-            except TimeoutError:
-                raise StoreUnavailable(f"the store did not answer within {PATIENCE:g} seconds") from None
+            return await asyncio.get_running_loop().run_in_executor(executor, question)
 
     @contextlib.contextmanager
     def _counted(self, name: str, digest: str) -> Iterator[None]:

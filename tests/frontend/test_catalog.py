@@ -300,6 +300,32 @@ def test_a_store_that_answers_from_memory_because_it_is_away_is_not_up(far: Shel
     run(test())
 
 
+def test_a_move_is_seen_by_whoever_asks_after_it(tmp_path: Path) -> None:
+    """Though the last answer would still be good, and a question from before it is still under way."""
+
+    async def test() -> None:
+        shelf = Shelf(tmp_path, RemoteStore(tmp_path / "store"))
+        old, new = shelf.publish(0), shelf.publish(1)
+        store, catalog = remote(shelf), shelf.catalog
+        assert (await catalog.resolve("a")).digest == new
+        store.gate.clear()
+        early = asyncio.create_task(catalog.resolve("a@prod"))
+        await until(lambda: store.num_looks > 0)
+        moving = asyncio.create_task(catalog.move_label("a", "latest", old, None))
+        store.gate.set()
+        await moving
+        assert (await catalog.resolve("a")).digest == old
+        with pytest.raises(AdapterNotFound):
+            await early
+        await catalog.move_label("a", "prod", new, None)
+        assert (await catalog.resolve("a@prod")).digest == new
+        await catalog.remove("a", None)
+        with pytest.raises(AdapterNotFound):
+            await catalog.resolve("a@prod")
+
+    run(test())
+
+
 def test_a_name_that_goes_is_forgotten_though_it_was_known(far: Shelf) -> None:
     async def test() -> None:
         digest = far.publish(0)
