@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.patterns import Pattern, PatternCompiler
-from adapters.peft_config import suffix_pattern
+from adapters.patterns import Pattern, PatternCompiler, suffix_pattern
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
 from server.errors import CanaryFailed
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
