@@ -41,7 +41,7 @@ class _Resident:
     leases: int = 0
     is_claimed: bool = False
     is_pinned: bool = False
-    is_leaving: bool = False  # unloaded once its leases end
+    is_leaving: bool = False  # unloaded once its claim is taken and its leases end
 
 
 class AdapterCache:
@@ -66,6 +66,7 @@ class AdapterCache:
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently leased first
         self._loading: dict[str, Loading] = {}  # first requested first
         self._barred: set[str] = set()  # resident ones that get no new leases; settled anew by every poll
+        self._unloaded: list[str] = []  # since the last poll
         self._workers = workers or ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="adapter-loader")
         self.counters = TierCounters()
 
@@ -87,7 +88,9 @@ class AdapterCache:
     def is_available(self, digest: str) -> bool:
         """Whether `acquire` would succeed now."""
         entry = self._resident.get(digest)
-        return entry is not None and not entry.is_leaving and digest not in self._barred
+        if entry is None or digest in self._barred:
+            return False
+        return entry.is_claimed or not entry.is_leaving
 
     def acquire(self, digest: str) -> bool:
         """Take a lease if resident, not leaving and not barred: a leased adapter is never evicted."""
@@ -131,13 +134,14 @@ class AdapterCache:
         """Make resident, and pin; True if it is so already, else `poll` tells. Raises PinRefused, or AdapterInUse
         while it is being unloaded."""
         entry = self._resident.get(adapter.digest)
+        leaving = entry or self._loading.get(adapter.digest)
+        if leaving is not None and leaving.is_leaving:
+            raise AdapterInUse(f"adapter {adapter.digest} is being unloaded; try again when that has ended")
         if entry is None:
             loading = self._begin(adapter)
             loading.is_called = True
             loading.pin = loading.pin or pin
             return False
-        if entry.is_leaving:
-            raise AdapterInUse(f"adapter {adapter.digest} is being unloaded; try again when that has ended")
         if pin:
             self._pin(adapter.digest)
         return True
@@ -150,21 +154,21 @@ class AdapterCache:
             self._loading[digest].pin = False
 
     def unload(self, digest: str, drain: bool = False) -> bool:
-        """Drop an adapter from every tier, a load that was called for too; absent is fine. While sequences hold it:
-        False with `drain`, it is given to no further one and `poll` tells when it is gone; else AdapterInUse, as for
-        one that is being loaded for sequences."""
+        """Drop an adapter from every tier, and a load that was only called for; absent is fine. While sequences hold it
+        or wait for its load: AdapterInUse, or with `drain` False; then it goes once these have run, is given to no
+        later ones, and `poll` tells when it is gone."""
         loading, entry = self._loading.get(digest), self._resident.get(digest)
-        if loading is not None:
-            if loading.is_waited_for:
-                raise AdapterInUse(f"adapter {digest} is being loaded for waiting requests; try again when they run")
-            loading.is_called, loading.is_dropped = False, True
-            self._drop_unwanted(digest)
-        if entry is not None and (entry.leases or entry.is_claimed) and not drain:
-            raise AdapterInUse(
-                f"adapter {digest} is held by {entry.leases} running requests and wanted by those that wait; "
-                "try again when they end, or drain it"
+        is_wanted = loading is not None and loading.is_waited_for
+        if (is_wanted or (entry is not None and (entry.leases or entry.is_claimed))) and not drain:
+            held = (
+                f"is held by {entry.leases} running requests" if entry is not None else "is being loaded for requests"
             )
-        if entry is not None and entry.leases:
+            raise AdapterInUse(f"adapter {digest} {held}; try again when they have ended, or drain it")
+        if loading is not None:
+            loading.is_called, loading.pin, loading.is_leaving = False, False, True
+            self._drop_unwanted(digest)
+            return not is_wanted
+        if entry is not None and (entry.leases or entry.is_claimed):
             entry.is_leaving, entry.is_pinned = True, False
             return False
         self._remove(digest)
@@ -175,19 +179,23 @@ class AdapterCache:
     @property
     def is_loading(self) -> bool:
         """Whether `poll` is expected to bring something about."""
-        return bool(self._loading) or bool(self._barred) or any(e.is_leaving for e in self._resident.values())
+        is_leaving = any(entry.is_leaving for entry in self._resident.values())
+        return bool(self._loading or self._barred or self._unloaded) or is_leaving
 
     def poll(self) -> Arrivals:
         """Advance every load and unload whose work is done."""
         arrivals = Arrivals()
         self._barred.clear()
-        arrivals.unloaded.extend(d for d, e in list(self._resident.items()) if e.is_leaving and not e.leases)
-        for digest in arrivals.unloaded:
-            self._remove(digest)
+        for digest, entry in list(self._resident.items()):
+            if entry.is_leaving and not (entry.leases or entry.is_claimed):
+                self._remove(digest)
+                self._unloaded.append(digest)
         self._for_each(Stage.READING, self._take_read, arrivals)
         self._for_each(Stage.WAITING, self._take_rows, arrivals)
         self._for_each(Stage.COPYING, self._arrive, arrivals)
         self._start_queued()
+        arrivals.unloaded.extend(self._unloaded)
+        self._unloaded.clear()
         for digest, loading in self._loading.items():
             stage = loading.stage
             if loading.is_called and stage is not loading.told:
@@ -244,7 +252,6 @@ class AdapterCache:
             if loading.packed is not None:
                 loading.stage = Stage.WAITING
             self._start_queued()
-        loading.is_dropped = False
         return loading
 
     def _num_under_way(self) -> int:
@@ -272,15 +279,16 @@ class AdapterCache:
             except LorikeetError as error:
                 self._abandon(digest)
                 self._host.drop(digest)
-                arrivals.failed[digest] = error
                 self.counters.failures += 1
+                if loading.is_wanted:
+                    arrivals.failed[digest] = error
 
     def _take_read(self, digest: str, loading: Loading, arrivals: Arrivals) -> bool:
         assert loading.reading is not None, "it is being read"
         if loading.reading.done():
             loading.packed, seconds = outcome(loading.reading, digest)
             loading.stage = Stage.WAITING
-            if not loading.is_dropped:
+            if not loading.is_leaving:
                 self._host.put(digest, loading.packed)
             self._count("disk", "host", seconds)
             self._drop_unwanted(digest)
@@ -305,11 +313,13 @@ class AdapterCache:
         assert loading.packed is not None, "it is read"
         assert loading.ranges is not None, "it has rows"
         self._proven.add(digest)
-        if loading.is_dropped:
+        if loading.is_leaving and not loading.is_waited_for:
             self._abandon(digest)
             return True
         del self._loading[digest]
-        self._resident[digest] = _Resident(loading.ranges, loading.packed.rank, is_claimed=loading.is_waited_for)
+        self._resident[digest] = _Resident(
+            loading.ranges, loading.packed.rank, is_claimed=loading.is_waited_for, is_leaving=loading.is_leaving
+        )
         arrivals.loaded.append(digest)
         if loading.pin:
             try:
@@ -340,6 +350,9 @@ class AdapterCache:
         loading = self._loading.pop(digest)
         if loading.ranges is not None:
             self._pool.free(loading.ranges)
+        if loading.is_leaving:
+            self._host.drop(digest)
+            self._unloaded.append(digest)
 
     def _count(self, tier_from: str, tier_to: str, seconds: float) -> None:
         self.counters.loads[tier_to] += 1

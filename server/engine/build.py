@@ -33,7 +33,7 @@ from server.model.transformer import Transformer
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
-LOADER_NICENESS = 5
+LOADER_NICENESS = 10
 
 
 def build_engine(

@@ -35,7 +35,7 @@ class Loading:
     told: Stage = Stage.QUEUED
     is_waited_for: bool = False  # by sequences
     is_called: bool = False  # by LoadAdapter
-    is_dropped: bool = False  # by UnloadAdapter: what comes of it is not kept
+    is_leaving: bool = False  # by UnloadAdapter: what comes of it is for those that wait now, and not kept
     pin: bool = False
     packed: PackedAdapter | None = None
     ranges: Ranges | None = None

@@ -329,11 +329,42 @@ def test_unload_refuses_what_is_on_its_way_to_sequences_and_ends_what_was_only_c
     world = room_for(2, host_rows=100)
     world.cache.request(ref(A))
     world.cache.load(ref(B))
-    with pytest.raises(AdapterInUse, match="waiting requests"):
-        world.cache.unload(digest(A), drain=True)
+    with pytest.raises(AdapterInUse, match="being loaded for requests"):
+        world.cache.unload(digest(A))
     assert world.cache.unload(digest(B))
     assert world.settle() == [digest(A)]
     assert all(entry.digest == digest(A) for entry in world.cache.snapshot())
+
+
+@pytest.mark.parametrize("arrives_first", [True, False])
+def test_a_drain_lets_a_sequence_that_waited_run(arrives_first: bool) -> None:
+    world = room_for(2, host_rows=100)
+    world.cache.request(ref(A))
+    if arrives_first:
+        world.settle()
+    assert not world.cache.unload(digest(A), drain=True)
+    assert world.settle() == ([] if arrives_first else [digest(A)])
+    assert world.cache.acquire(digest(A))
+    assert not world.cache.acquire(digest(A)), "whoever comes later waits for it to be loaded anew"
+    assert world.holds(A)
+    world.cache.release(digest(A))
+    assert world.poll().unloaded == [digest(A)]
+    assert world.cache.snapshot() == []
+
+
+def test_a_drain_ends_with_a_load_that_fails_or_that_nobody_waits_for_any_more() -> None:
+    world = room_for(2, host_rows=100)
+    world.broken.add(A)
+    for name in (A, B):
+        world.cache.request(ref(name))
+        assert not world.cache.unload(digest(name), drain=True)
+    world.cache.forget(digest(B))
+    world.workers.run_all()
+    arrivals = world.poll()
+    assert set(arrivals.unloaded) == {digest(A), digest(B)}
+    assert arrivals.failed.keys() == {digest(A)}
+    assert world.cache.snapshot() == []
+    assert not world.cache.is_loading
 
 
 def test_an_adapter_unloaded_while_it_is_copied_does_not_arrive() -> None:

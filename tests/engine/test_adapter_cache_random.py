@@ -94,17 +94,18 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(name=names, drain=st.booleans())
     def unload(self, name: str, drain: bool) -> None:
-        held = self.leases[name] > 0
+        is_coming = name in self.waited_for and not self.world.cache.is_resident(digest(name))
+        held = self.leases[name] > 0 or name in self.claimed or is_coming
         try:
             gone = self.world.cache.unload(digest(name), drain)
         except AdapterInUse:
-            assert held or name in self.waited_for, "nobody wants it"
+            assert held, "nobody wants it"
+            assert not drain
             return
         assert gone == (not held)
         self.loads.discard(name)
         self.pins.discard(name)
         self.pinned.discard(name)
-        self.claimed.discard(name)
         if not gone:
             self.unloads.add(name)
 
@@ -138,7 +139,6 @@ class CacheMachine(RuleBasedStateMachine):
                 for wanting in (self.waited_for, self.loads, self.pins):
                     wanting.discard(name)
             if digest(name) in arrivals.unloaded:
-                assert name in self.unloads
                 self.unloads.discard(name)
 
     @invariant()
