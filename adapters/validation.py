@@ -116,7 +116,9 @@ def read_json(fd: int, where: str, max_bytes: int) -> dict[str, Any]:
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `raw`; `where` names it in the error."""
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise refuse(f"{where}: is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -137,6 +139,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is beyond any float")
+    return value
 
 
 def read_header(fd: int, limits: Limits) -> list[TensorEntry]:

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,16 @@ def config(**changes: Any) -> dict[str, Any]:
     return {**plain, **changes}
 
 
-def tensors(seed: int = 0, rank: int = 4, names: tuple[str, ...] = ("q_proj", "v_proj")) -> dict[str, np.ndarray]:
+def tensors(
+    seed: int = 0,
+    rank: int = 4,
+    names: tuple[str, ...] = ("q_proj", "v_proj"),
+    linears: Mapping[str, tuple[int, int]] = LINEARS,
+) -> dict[str, np.ndarray]:
     """Random A and B, float32, for the layers named."""
     random = np.random.default_rng(seed)
     found = {}
-    for path, (out_features, in_features) in LINEARS.items():
+    for path, (out_features, in_features) in linears.items():
         if path.endswith(names):
             shapes = {"lora_A": (rank, in_features), "lora_B": (out_features, rank)}
             for part, shape in shapes.items():

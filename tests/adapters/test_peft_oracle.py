@@ -14,6 +14,7 @@ from adapters.errors import InvalidAdapter, UnsupportedAdapter
 from adapters.layout import read_layout
 from adapters.peft_config import LoraSettings, parse_settings
 from adapters.store import AdapterStore
+from adapters.transfer import export_version
 from tests.adapters.builders import PUBLISH
 
 # What PEFT and transformers say to their own users
@@ -165,8 +166,10 @@ def test_the_published_copy_means_the_same_to_peft(tmp_path: Path) -> None:
     peft_model.save_pretrained(tmp_path / "saved")
     fresh = base()
     settings = {**PUBLISH, "linears": linears(fresh)}
-    version = AdapterStore(tmp_path / "store").publish(tmp_path / "saved", "a", **settings)
-    again = PeftModel.from_pretrained(fresh, str(version.path))
+    store = AdapterStore(tmp_path / "store")
+    version = store.publish(tmp_path / "saved", "a", **settings)
+    export_version(store, version, tmp_path / "exported")
+    again = PeftModel.from_pretrained(fresh, str(tmp_path / "exported"))
 
     tokens = torch.arange(8)[None]
     with torch.no_grad():
