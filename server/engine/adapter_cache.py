@@ -82,7 +82,10 @@ class AdapterCache:
         if digest in self._resident:
             self._resident[digest].is_claimed = False
         elif digest in self._loading:
-            self._loading[digest].is_waited_for = False
+            loading = self._loading[digest]
+            loading.is_waited_for = False
+            if loading.is_leaving:
+                self._unloaded.append(digest)
             self._drop_unwanted(digest)
 
     def is_available(self, digest: str) -> bool:
@@ -134,8 +137,9 @@ class AdapterCache:
         """Make resident, and pin; True if it is so already, else `poll` tells. Raises PinRefused, or AdapterInUse
         while it is being unloaded."""
         entry = self._resident.get(adapter.digest)
-        leaving = entry or self._loading.get(adapter.digest)
-        if leaving is not None and leaving.is_leaving:
+        loading = self._loading.get(adapter.digest)
+        is_draining = loading is not None and loading.is_leaving and loading.is_waited_for
+        if is_draining or (entry is not None and entry.is_leaving):
             raise AdapterInUse(f"adapter {adapter.digest} is being unloaded; try again when that has ended")
         if entry is None:
             loading = self._begin(adapter)
@@ -166,7 +170,9 @@ class AdapterCache:
             raise AdapterInUse(f"adapter {digest} {held}; try again when they have ended, or drain it")
         if loading is not None:
             loading.is_called, loading.pin, loading.is_leaving = False, False, True
+            self._host.drop(digest)
             self._drop_unwanted(digest)
+            self._unloaded = [other for other in self._unloaded if other != digest]
             return not is_wanted
         if entry is not None and (entry.leases or entry.is_claimed):
             entry.is_leaving, entry.is_pinned = True, False
@@ -252,6 +258,8 @@ class AdapterCache:
             if loading.packed is not None:
                 loading.stage = Stage.WAITING
             self._start_queued()
+        if not loading.is_waited_for:  # unloaded, but still on a worker: wanted again
+            loading.is_leaving = False
         return loading
 
     def _num_under_way(self) -> int:

@@ -367,6 +367,21 @@ def test_a_drain_ends_with_a_load_that_fails_or_that_nobody_waits_for_any_more()
     assert not world.cache.is_loading
 
 
+def test_an_adapter_unloaded_while_it_is_read_may_be_asked_for_again() -> None:
+    world = room_for(2)
+    world.cache.request(ref(A))
+    world.workers.tasks[0][0].set_running_or_notify_cancel()  # too late to stop it
+    assert not world.cache.unload(digest(A), drain=True)
+    world.cache.forget(digest(A))
+    assert world.poll().unloaded == [digest(A)]
+    world.cache.load(ref(A))
+    future, task = world.workers.tasks.pop()
+    future.set_result(task())
+    assert world.settle() == [digest(A)]
+    world.make_resident(B)
+    assert world.cache.is_resident(digest(A))
+
+
 def test_an_adapter_unloaded_while_it_is_copied_does_not_arrive() -> None:
     world = room_for(2, host_rows=100)
     world.cache.load(ref(A))
