@@ -114,7 +114,9 @@ def adapter(version: Version, residency: Residency) -> adapter_pb2.Adapter:
 
 def progress(progress: CallProgress) -> adapter_pb2.Progress:
     return adapter_pb2.Progress(
-        stage=_STAGES[progress.stage], done_bytes=progress.done_bytes, total_bytes=progress.total_bytes
+        stage=_STAGES.get(progress.stage, adapter_pb2.Progress.STAGE_UNSPECIFIED),
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
     )
 
 
