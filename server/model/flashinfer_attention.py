@@ -87,6 +87,12 @@ class FlashInferAttention:
         )
 
     @property
+    def shares_kv_heads(self) -> bool:
+        """Whether enough query heads share a KV head that a decode is faster as a small product on tensor cores."""
+        heads, kv_heads = self._shape[:2]
+        return heads // kv_heads >= 4
+
+    @property
     def workspace(self) -> Tensor:
         return self._workspace
 
@@ -106,6 +112,7 @@ class DecodeBucket:
             attention.workspace,
             "NHD",
             use_cuda_graph=True,
+            use_tensor_cores=attention.shares_kv_heads,
             paged_kv_indptr_buffer=torch.zeros(batch + 1, dtype=torch.int32, device=device),
             paged_kv_indices_buffer=self._pages,
             paged_kv_last_page_len_buffer=torch.ones(batch, dtype=torch.int32, device=device),

@@ -49,7 +49,19 @@ class LoraPlan:
 
 # Measured on an H200 by `python -m benchmarks.kernels --tune`, which prints these lines: (kind, input features up to,
 # output columns up to, blocks from) → plan.
-_HOPPER: Mapping[tuple[str, int, int, int], LoraPlan] = {}
+_HOPPER: Mapping[tuple[str, int, int, int], LoraPlan] = {
+    ("decode", 4096, 8192, 0): LoraPlan(ShrinkPlan(256, 16, 3, 16, 4, 3), ExpandPlan(128, 16, 4, 1, True), early=True),
+    ("decode", 4096, 8192, 2): LoraPlan(ShrinkPlan(128, 16, 3, 8, 2, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
+    ("decode", 4096, 8192, 17): LoraPlan(ShrinkPlan(128, 16, 3, 4, 2, 4), ExpandPlan(256, 16, 4, 1, False), early=True),
+    ("decode", 4096, 4096, 0): LoraPlan(ShrinkPlan(128, 16, 1, 16, 4, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
+    ("decode", 4096, 4096, 2): LoraPlan(ShrinkPlan(128, 16, 1, 16, 2, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
+    ("decode", 4096, 4096, 17): LoraPlan(ShrinkPlan(128, 16, 1, 8, 2, 4), ExpandPlan(256, 16, 8, 1, False), early=True),
+    ("decode", 4096, 32768, 0): LoraPlan(ShrinkPlan(128, 16, 2, 16, 4, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
+    ("decode", 4096, 32768, 2): LoraPlan(ShrinkPlan(128, 16, 2, 8, 2, 4), ExpandPlan(256, 16, 8, 1, False), early=True),
+    ("decode", 4096, 32768, 17): LoraPlan(
+        ShrinkPlan(128, 16, 2, 4, 2, 4), ExpandPlan(256, 16, 4, 1, False), early=True
+    ),
+}
 _HOPPER_CAPABILITY = (9, 0)
 _DECODE_BLOCKS_FROM = (17, 2, 0)
 _PREFILL_BLOCKS_FROM = (128, 0)
