@@ -56,8 +56,9 @@ def build_engine(
     pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
     num_pages = _num_pages(config, spec, dtype, device, available)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
-    # One page more than there are to give out: padded rows of a captured batch write there.
-    cache = KVCache.allocate(spec, num_pages + 1, config.page_size, dtype, device)
+    captures = _has_flashinfer(device, dtype)
+    # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
+    cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
     adapters = AdapterCache(
         pool,
@@ -85,7 +86,7 @@ def build_engine(
     sampler = Sampler(config.max_num_seqs, spec.vocab_size, device)
     attention: AttentionBackend = TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device)
     graphs: DecodeGraphs | None = None
-    if _has_flashinfer(device, dtype):
+    if captures:
         from server.engine import graphs as captured
         from server.model.flashinfer_attention import FlashInferAttention
 
