@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 _LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9!_.*'()-]+)*)/?", re.ASCII)
 _CHUNK_BYTES = 4 << 20
 _MAX_OBJECT_BYTES = 16 << 20  # of what is read whole: records and manifests
-# What one call may take. A file may be large; for all else it is how soon an outage is noticed.
-_QUICK_SECONDS = 5
+# What one try of a call may take. A file may be large; for all else it is how soon an outage is noticed.
+_QUICK_SECONDS = 3
 _FILE_SECONDS = 900
+_SILENT_SECONDS = 30  # in the middle of a file; also what one part of an upload may take
+_PARTS_AT_ONCE = 4  # of 5 MiB, which share the line
 RETRY_AFTER = 2.0
 
 
@@ -89,7 +91,8 @@ class Bucket:
         import obstore
 
         with self._errors(key):
-            obstore.put(self._bulk if isinstance(data, Path) else self._quick, key, data)
+            store = self._bulk if isinstance(data, Path) else self._quick
+            obstore.put(store, key, data, max_concurrency=_PARTS_AT_ONCE)
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """The bytes of an object, in order. Raises FileNotFoundError."""
@@ -179,7 +182,12 @@ def open_bucket(location: str) -> Bucket:
         return S3Store(
             match[1],
             prefix=match[2].strip("/") or None,
-            client_options={"allow_http": is_plain, "connect_timeout": "2s", "timeout": f"{seconds}s"},
+            client_options={
+                "allow_http": is_plain,
+                "connect_timeout": "2s",
+                "read_timeout": f"{_SILENT_SECONDS}s",
+                "timeout": f"{seconds}s",
+            },
             retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=seconds)},
         )
 

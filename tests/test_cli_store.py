@@ -239,7 +239,15 @@ def test_import_can_expect(run: Run, digests: list[str], base: Path, peft_adapte
 
 
 def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["list"], ["show", "x"]):
+    for command in (
+        ["list"],
+        ["show", "x"],
+        ["verify"],
+        ["gc"],
+        ["rollback", "x"],
+        ["remove", "x"],
+        ["export", "x", "y"],
+    ):
         assert main(["adapters", *command, "--store", str(tmp_path / "stroe")]) == ExitCode.USAGE
         assert "stroe" in _error(capsys)
     assert main(["adapters", "list", "--store", "ftp://x/y"]) == ExitCode.UNAVAILABLE

@@ -1,18 +1,14 @@
 """`lorikeet adapters`: the commands together, and those that look, in a store or on a server, or ask a server."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from server.cli import adapters_store, adapters_transfer
 from server.cli.adapters_fields import COLUMNS, adapter_fields, row, version_details, version_fields
-from server.cli.exits import ExitCode, Failure
+from server.cli.adapters_store import open_existing
 from server.cli.options import DEFAULT_SERVER, AdapterId, Debug, Json, Server, Timeout, help_if_alone
 from server.cli.output import print_fields, print_json, print_note, print_table
-
-if TYPE_CHECKING:
-    from adapters.stores import Store
 
 StoreInstead = Annotated[
     str | None,
@@ -71,7 +67,7 @@ def show(
 ) -> None:
     """Show one version of an adapter."""
     if store is not None:
-        fields = version_details(_open(store).resolve(adapter))
+        fields = version_details(open_existing(store).resolve(adapter))
     else:
         from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc
         from server.cli.client import connect
@@ -163,18 +159,8 @@ def unpin(
     print_json(fields) if json else print(f"unpinned {fields['name']} ({fields['digest']})")
 
 
-def _open(location: str) -> "Store":
-    """A store to read. Raises Failure where there is none: a mistyped --store is not an empty one."""
-    from adapters.stores import open_store
-
-    store = open_store(location)
-    if not store.is_remote and not Path(store.location).is_dir():
-        raise Failure(f"--store {location}: no such directory", ExitCode.USAGE)
-    return store
-
-
 def _in_store(location: str) -> list[dict[str, Any]]:
-    store = _open(location)
+    store = open_existing(location)
     return [version_fields(store.resolve(name)) for name in store.names()]
 
 

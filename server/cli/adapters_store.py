@@ -1,6 +1,7 @@
 """`lorikeet adapters label`, `rollback`, `remove`, `verify` and `gc`: they change or check a store. Running servers
 see every change at once."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from server.cli.output import human_size, print_json, print_note, print_text, sh
 
 if TYPE_CHECKING:
     from adapters.records import NameRecord
+    from adapters.stores import Store as AnyStore
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
 Label = Annotated[str, typer.Argument(metavar="LABEL", help="One of its labels, or a new one.")]
@@ -35,9 +37,7 @@ def label(
     debug: Debug = False,
 ) -> None:
     """Point a label to a version, in one step."""
-    from adapters.stores import open_store
-
-    target = open_store(store)
+    target = open_existing(store)
     record = target.record(name)
     moved = target.move_label(name, label, _digest(record, version), expected=_expected(record, expect))
     print_json(version_fields(moved)) if json else print(f"{name}@{label} is {moved.digest} now")
@@ -52,9 +52,7 @@ def rollback(
     debug: Debug = False,
 ) -> None:
     """Point a label to where it was before its last move; doing it again undoes it."""
-    from adapters.stores import open_store
-
-    target = open_store(store)
+    target = open_existing(store)
     expected = _expected(target.record(name), expect) if expect else None
     moved = target.rollback(name, label, expected=expected)
     print_json(version_fields(moved)) if json else print(f"{name}@{label} is {moved.digest} again")
@@ -66,9 +64,8 @@ def remove(adapter: AdapterId, store: Store = None, json: Json = False, debug: D
     What runs on it goes on. The files stay until `lorikeet adapters gc`.
     """
     from adapters.ids import parse_adapter_id
-    from adapters.stores import open_store
 
-    target, parsed = open_store(store), parse_adapter_id(adapter)
+    target, parsed = open_existing(store), parse_adapter_id(adapter)
     if "@" not in adapter:
         target.remove(parsed.name)
     elif parsed.digest is not None:
@@ -91,10 +88,9 @@ def verify(
 ) -> None:
     """Hash and check every version again, and list every fault. Ends with exit code 4 if there is one."""
     from adapters.audit import CheckedBase, audit
-    from adapters.stores import open_store
     from server.base.resolve import resolve_base
 
-    target = open_store(store)
+    target = open_existing(store)
     checked = None
     if base is not None:
         model = resolve_base(base, print_note)
@@ -123,9 +119,7 @@ def verify(
 
 def gc(store: Store = None, json: Json = False, debug: Debug = False) -> None:
     """Delete the files of versions that no adapter has any more and no server uses."""
-    from adapters.stores import open_store
-
-    done = open_store(store).gc()
+    done = open_existing(store).gc()
     if json:
         fields = {"removed": done.removed, "leased": done.leased, "recent": done.recent}
         print_json(fields | {"freed_bytes": done.freed_bytes})
@@ -135,6 +129,16 @@ def gc(store: Store = None, json: Json = False, debug: Debug = False) -> None:
         f"deleted {len(done.removed)} versions ({human_size(done.freed_bytes)})"
         + (f"; kept {' and '.join(kept)}" if kept else "")
     )
+
+
+def open_existing(location: str | None) -> "AnyStore":
+    """A store that something is in. Raises Failure where there is none: a mistyped --store is not an empty one."""
+    from adapters.stores import open_store
+
+    store = open_store(location)
+    if location is not None and not store.is_remote and not Path(store.location).is_dir():
+        raise Failure(f"--store {location}: no such directory", ExitCode.USAGE)
+    return store
 
 
 def _digest(record: "NameRecord", text: str) -> str:

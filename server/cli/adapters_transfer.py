@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from server.cli.adapters_fields import version_fields
+from server.cli.adapters_store import open_existing
 from server.cli.options import AdapterId, Base, Debug, Json, Store
 from server.cli.output import print_json, print_note
 
@@ -78,10 +79,9 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write an adapter as a plain PEFT directory, which PeftModel.from_pretrained loads."""
-    from adapters.stores import open_store
     from adapters.transfer import export_version
 
-    source = open_store(store)
+    source = open_existing(store)
     version = source.resolve(adapter)
     export_version(source, version, directory)
     if json:

@@ -1,0 +1,73 @@
+"""What a service that misbehaves comes to: one error, in good time."""
+
+import socketserver
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from adapters.bucket import Bucket, open_bucket
+from adapters.errors import StoreUnavailable
+
+HEAD = b'HTTP/1.1 200 OK\r\nContent-Length: 9999\r\nETag: "x"\r\nLast-Modified: Sun, 22 Nov 2026 05:47:38 GMT\r\n\r\n'
+ANSWERS = {
+    "cut short": HEAD + b"a" * 100,
+    "an error": b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n",
+    "a refusal": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    "nothing at all": b"",
+    "junk": b"\x00\x01\x02\r\n\r\n",
+    "too much": HEAD.replace(b"9999", b"99999999999"),
+    "silence": None,
+}
+CALLS: dict[str, Callable[[Bucket], object]] = {
+    "read": lambda bucket: bucket.read("names/a.json"),
+    "chunks": lambda bucket: list(bucket.chunks("versions/x/y")),
+    "find": lambda bucket: bucket.find("names"),
+    "delete": lambda bucket: bucket.delete("names/a.json"),
+}
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes | None], Bucket]]:
+    """A bucket on a server that gives every request the same answer; None is none, ever."""
+    over = threading.Event()
+    servers: list[socketserver.ThreadingTCPServer] = []
+
+    def make(answer: bytes | None) -> Bucket:
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                self.request.recv(1 << 16)
+                if answer is None:
+                    over.wait()
+                else:
+                    self.request.sendall(answer)
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        return open_bucket("s3://bucket/x")
+
+    yield make
+    over.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+# Files may be large and slow; and to a deletion any 200 is a good answer.
+SLOW, GOOD = {"too much", "silence"}, {"cut short"}
+PAIRS = [(answer, call) for answer in ANSWERS for call in CALLS if call == "read" or answer not in SLOW]
+
+
+@pytest.mark.parametrize(("answer", "call"), [pair for pair in PAIRS if pair[1] != "delete" or pair[0] not in GOOD])
+def test_a_bad_answer_is_an_unavailable_store(
+    answer: str, call: str, answering: Callable[[bytes | None], Bucket]
+) -> None:
+    with pytest.raises(StoreUnavailable, match=r"s3://bucket/x") as caught:
+        CALLS[call](answering(ANSWERS[answer]))
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 600
