@@ -59,11 +59,23 @@ def serve(
     adapter_memory: Annotated[
         int | None, typer.Option(parser=parse_size, metavar="SIZE", help="Memory for adapters, as 512MiB [chosen].")
     ] = None,
+    host_adapter_memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=parse_size,
+            metavar="SIZE",
+            help="Host memory for adapters that left the device; 0 for none [chosen].",
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine [all cores].")] = None,
     grace: Annotated[
         float,
         typer.Option(min=0, metavar="SECONDS", help="On SIGTERM or Ctrl-C, how long running requests may finish."),
     ] = 30.0,
+    no_canary: Annotated[
+        bool,
+        typer.Option("--no-canary", help="Serve adapters without first comparing each with a plain computation."),
+    ] = False,
     no_prefix_caching: Annotated[
         bool, typer.Option("--no-prefix-caching", help="Do not keep KV pages of earlier prompts.")
     ] = False,
@@ -100,6 +112,8 @@ def serve(
             max_waiting=max_waiting,
             kv_cache_bytes=kv_cache_memory,
             adapter_cache_bytes=adapter_memory,
+            host_adapter_bytes=host_adapter_memory,
+            canary=not no_canary,
             prefix_caching=not no_prefix_caching,
             num_threads=threads,
         ),
