@@ -103,7 +103,7 @@ class VersionFiles:
             for path in self.directory.iterdir():
                 digest = path.name.replace("-", ":", 1)
                 if is_digest(digest):
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                         size = sum(file.stat().st_size for file in path.iterdir())
                         found.append(LocalVersion(digest, path.stat().st_mtime, size))
         return sorted(found, key=lambda version: (version.used_at, version.digest))

@@ -156,7 +156,7 @@ def test_a_damaged_record_stops_collection(store: AdapterStore, version: Version
 
 
 def test_what_is_not_a_version_is_left_alone(store: AdapterStore, version: Version) -> None:
-    strays = [version.path.parent / name for name in ("notes.txt", "sha256-xyz")]
+    strays = [version.path.parent / name for name in ("notes.txt", "sha256-xyz", "sha256-" + "0" * 64)]
     for stray in strays:
         stray.write_text("")
     assert store.gc().removed == []
