@@ -12,14 +12,13 @@ them goes on to its end. What arrives is *claimed* for the sequences that wait f
 leased it, or none waits any more. So a load waits at most for the runs of one sequence for each load before it.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from adapters.errors import AdapterInUse, AdapterTooLarge, LorikeetError
+from adapters.errors import AdapterInUse, LorikeetError
+from server.engine.device_tier import DeviceTier, Resident
 from server.engine.host_tier import HostTier
 from server.engine.loading import Arrivals, Loading, Progress, Stage, TierCounters, outcome, timed_load
 from server.engine.messages import AdapterLoad, AdapterRef, ResidentAdapter
@@ -32,16 +31,6 @@ Prove = Callable[[Path, Ranges], None]
 
 NUM_WORKERS = 2  # one slow file does not hold up the others
 MAX_UNDER_WAY = 4  # loads read ahead of their rows: bounds the memory of those that wait for rows
-
-
-@dataclass(slots=True)
-class _Resident:
-    ranges: Ranges
-    rank: int
-    leases: int = 0
-    is_claimed: bool = False
-    is_pinned: bool = False
-    is_leaving: bool = False  # unloaded once its claim is taken and its leases end
 
 
 class AdapterCache:
@@ -63,9 +52,8 @@ class AdapterCache:
         self._prove = prove
         self._proven: set[str] = set()
         self._host = HostTier(host_bytes)
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently leased first
+        self._device = DeviceTier(pool)
         self._loading: dict[str, Loading] = {}  # first requested first
-        self._barred: set[str] = set()  # resident ones that get no new leases; settled anew by every poll
         self._unloaded: list[str] = []  # since the last poll
         self._workers = workers or ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="adapter-loader")
         self.counters = TierCounters()
@@ -74,13 +62,13 @@ class AdapterCache:
 
     def request(self, adapter: AdapterRef) -> None:
         """A sequence waits for it: begin to load unless resident or under way. The outcome comes from `poll`."""
-        if adapter.digest not in self._resident:
+        if adapter.digest not in self._device.entries:
             self._begin(adapter).is_waited_for = True
 
     def forget(self, digest: str) -> None:
         """No sequence waits for it any more: it may be evicted, or never come."""
-        if digest in self._resident:
-            self._resident[digest].is_claimed = False
+        if digest in self._device.entries:
+            self._device.entries[digest].is_claimed = False
         elif digest in self._loading:
             loading = self._loading[digest]
             loading.is_waited_for = False
@@ -90,37 +78,24 @@ class AdapterCache:
 
     def is_available(self, digest: str) -> bool:
         """Whether `acquire` would succeed now."""
-        entry = self._resident.get(digest)
-        if entry is None or digest in self._barred:
-            return False
-        return entry.is_claimed or not entry.is_leaving
+        return self._device.is_available(digest)
 
     def acquire(self, digest: str) -> bool:
         """Take a lease if resident, not leaving and not barred: a leased adapter is never evicted."""
-        if not self.is_available(digest):
-            return False
-        entry = self._resident[digest]
-        entry.leases += 1
-        entry.is_claimed = False
-        self._resident.move_to_end(digest)
         self._host.touch(digest)
-        return True
+        return self._device.acquire(digest)
 
     def release(self, digest: str) -> None:
-        entry = self._resident[digest]
-        assert entry.leases > 0, f"{digest} released more often than acquired"
-        entry.leases -= 1
+        self._device.release(digest)
 
     def rows(self, digest: str) -> Ranges:
         """The pool rows of a leased adapter."""
-        entry = self._resident[digest]
-        assert entry.leases > 0, f"{digest} used without a lease"
-        return entry.ranges
+        return self._device.rows(digest)
 
     def count_lookup(self, digest: str) -> None:
         """A sequence came with this adapter: a hit or a miss of the tiers."""
         hits, misses = self.counters.hits, self.counters.misses
-        if digest in self._resident:
+        if digest in self._device.entries:
             hits["device"] += 1
             return
         misses["device"] += 1
@@ -131,12 +106,12 @@ class AdapterCache:
     # What calls ask
 
     def is_resident(self, digest: str) -> bool:
-        return digest in self._resident
+        return digest in self._device.entries
 
     def load(self, adapter: AdapterRef, pin: bool = False) -> bool:
         """Make resident, and pin; True if it is so already, else `poll` tells. Raises PinRefused, or AdapterInUse
         while it is being unloaded."""
-        entry = self._resident.get(adapter.digest)
+        entry = self._device.entries.get(adapter.digest)
         loading = self._loading.get(adapter.digest)
         is_draining = loading is not None and loading.is_leaving and loading.is_waited_for
         if is_draining or (entry is not None and entry.is_leaving):
@@ -152,8 +127,8 @@ class AdapterCache:
 
     def unpin(self, digest: str) -> None:
         """Let it be evicted again; one that is not pinned, or not here, is fine."""
-        if digest in self._resident:
-            self._resident[digest].is_pinned = False
+        if digest in self._device.entries:
+            self._device.entries[digest].is_pinned = False
         if digest in self._loading:
             self._loading[digest].pin = False
 
@@ -161,7 +136,7 @@ class AdapterCache:
         """Drop an adapter from every tier, and a load that was only called for; absent is fine. While sequences hold it
         or wait for its load: AdapterInUse, or with `drain` False; then it goes once these have run, is given to no
         later ones, and `poll` tells when it is gone."""
-        loading, entry = self._loading.get(digest), self._resident.get(digest)
+        loading, entry = self._loading.get(digest), self._device.entries.get(digest)
         is_wanted = loading is not None and loading.is_waited_for
         if (is_wanted or (entry is not None and (entry.leases or entry.is_claimed))) and not drain:
             held = (
@@ -177,7 +152,8 @@ class AdapterCache:
         if entry is not None and (entry.leases or entry.is_claimed):
             entry.is_leaving, entry.is_pinned = True, False
             return False
-        self._remove(digest)
+        self._device.remove(digest)
+        self._host.drop(digest)
         return True
 
     # What the step loop asks
@@ -185,17 +161,15 @@ class AdapterCache:
     @property
     def is_loading(self) -> bool:
         """Whether `poll` is expected to bring something about."""
-        is_leaving = any(entry.is_leaving for entry in self._resident.values())
-        return bool(self._loading or self._barred or self._unloaded) or is_leaving
+        return bool(self._loading or self._device.barred or self._unloaded) or self._device.is_leaving
 
     def poll(self) -> Arrivals:
         """Advance every load and unload whose work is done."""
         arrivals = Arrivals()
-        self._barred.clear()
-        for digest, entry in list(self._resident.items()):
-            if entry.is_leaving and not (entry.leases or entry.is_claimed):
-                self._remove(digest)
-                self._unloaded.append(digest)
+        self._device.barred.clear()  # settled anew
+        for digest in self._device.let_go():
+            self._host.drop(digest)
+            self._unloaded.append(digest)
         self._for_each(Stage.READING, self._take_read, arrivals)
         self._for_each(Stage.WAITING, self._take_rows, arrivals)
         self._for_each(Stage.COPYING, self._arrive, arrivals)
@@ -214,18 +188,17 @@ class AdapterCache:
         """Those in the host tier, then those on the device."""
         held = [ResidentAdapter(digest, "host", packed.num_bytes, 0) for digest, packed in self._host]
         return held + [
-            ResidentAdapter(digest, "device", self._num_bytes(entry.rank), entry.leases, entry.is_pinned)
-            for digest, entry in self._resident.items()
+            ResidentAdapter(digest, "device", self._device.num_bytes(entry), entry.leases, entry.is_pinned)
+            for digest, entry in self._device.entries.items()
         ]
 
     @property
     def evictions(self) -> dict[str, int]:
-        return {"host": self._host.num_evictions, "device": self.counters.device_evictions}
+        return {"host": self._host.num_evictions, "device": self._device.num_evictions}
 
     @property
     def used_bytes(self) -> dict[str, int]:
-        device = sum(self._num_bytes(entry.rank) for entry in self._resident.values())
-        return {"host": self._host.used_bytes, "device": device}
+        return {"host": self._host.used_bytes, "device": self._device.used_bytes}
 
     def take_load_times(self) -> list[AdapterLoad]:
         """What was loaded since this was last called."""
@@ -238,14 +211,14 @@ class AdapterCache:
 
     def check_integrity(self) -> None:
         """Every row is free or belongs to exactly one adapter, and every adapter is in one state."""
-        held = [entry.ranges for entry in self._resident.values()]
+        held = [entry.ranges for entry in self._device.entries.values()]
         held += [loading.ranges for loading in self._loading.values() if loading.ranges is not None]
         rows = [row for ranges in held for start, stop in ranges for row in range(start, stop)]
         assert len(rows) == len(set(rows)), "two adapters share a row"
         taken = sum(self._pool.rows_for(sum(stop - start for start, stop in ranges)) for ranges in held)
         assert taken + self._pool.num_free_rows == self._pool.num_rows, "rows leaked"
-        assert not self._resident.keys() & self._loading.keys(), "an adapter is loaded twice"
-        assert all(entry.leases >= 0 for entry in self._resident.values()), "a lease was given back twice"
+        assert not self._device.entries.keys() & self._loading.keys(), "an adapter is loaded twice"
+        assert all(entry.leases >= 0 for entry in self._device.entries.values()), "a lease was given back twice"
         assert self._num_under_way() <= MAX_UNDER_WAY, "too much is read ahead"
         self._host.check_integrity()
 
@@ -306,7 +279,7 @@ class AdapterCache:
         """False while it must wait for rows, and with it all that were requested later."""
         packed = loading.packed
         assert packed is not None, "it is read"
-        loading.ranges = self._allocate(packed.rank, digest)
+        loading.ranges = self._device.allocate(packed.rank, digest)
         if loading.ranges is None:
             return False
         loading.stage = Stage.COPYING
@@ -325,7 +298,7 @@ class AdapterCache:
             self._abandon(digest)
             return True
         del self._loading[digest]
-        self._resident[digest] = _Resident(
+        self._device.entries[digest] = Resident(
             loading.ranges, loading.packed.rank, is_claimed=loading.is_waited_for, is_leaving=loading.is_leaving
         )
         arrivals.loaded.append(digest)
@@ -366,65 +339,6 @@ class AdapterCache:
         self.counters.loads[tier_to] += 1
         self.counters.load_times.append(AdapterLoad(tier_from, tier_to, seconds))
 
-    # Rows
-
-    def _allocate(self, rank: int, digest: str) -> Ranges | None:
-        """Rows, evicting what nobody holds; None while too few can be had, and are kept from new leases for it."""
-        needed = self._pool.rows_for(rank)
-        pinned = sum(self._pool.rows_for(entry.rank) for entry in self._resident.values() if entry.is_pinned)
-        if needed > self._pool.num_rows - pinned:
-            row_bytes = self._pool.row_bytes
-            also = f", {pinned * row_bytes} of them are pinned" if pinned else ""
-            raise AdapterTooLarge(
-                f"adapter {digest} of rank {rank} needs {needed * row_bytes} bytes; "
-                f"{self._pool.num_rows * row_bytes} are set aside for adapters (--adapter-memory){also}"
-            )
-        idle = [d for d, e in self._resident.items() if not (e.leases or e.is_claimed or e.is_pinned)]
-        reclaimable = sum(self._pool.rows_for(self._resident[name].rank) for name in idle)
-        if self._pool.num_free_rows + reclaimable < needed:
-            self._bar(needed - self._pool.num_free_rows)
-            return None
-        for name in idle:
-            if self._pool.num_free_rows >= needed:
-                break
-            self._evict(name)
-        return self._pool.allocate(rank)
-
-    def _bar(self, num_rows: int) -> None:
-        """Give no new leases on the least recently used adapters that have so many rows together."""
-        for digest, entry in self._resident.items():
-            if num_rows <= 0:
-                break
-            if not (entry.is_claimed or entry.is_pinned):
-                self._barred.add(digest)
-                num_rows -= self._pool.rows_for(entry.rank)
-
-    def _evict(self, digest: str) -> None:
-        self._pool.free(self._resident.pop(digest).ranges)
-        self.counters.device_evictions += 1
-
-    def _remove(self, digest: str) -> None:
-        """Take an adapter out of both tiers; absent is fine."""
-        entry = self._resident.pop(digest, None)
-        if entry is not None:
-            self._pool.free(entry.ranges)
-        self._barred.discard(digest)
-        self._host.drop(digest)
-
     def _pin(self, digest: str) -> None:
-        """Raises PinRefused unless rows are left for another adapter as large as the largest in memory."""
-        entry = self._resident[digest]
-        ranks = [e.rank for e in self._resident.values()] + [packed.rank for _, packed in self._host]
-        ranks += [loading.packed.rank for loading in self._loading.values() if loading.packed is not None]
-        largest = max(self._pool.rows_for(rank) for rank in ranks)
-        others = sum(self._pool.rows_for(e.rank) for e in self._resident.values() if e.is_pinned and e is not entry)
-        left = self._pool.num_rows - others - self._pool.rows_for(entry.rank)
-        if left < largest:
-            raise PinRefused(
-                f"adapter {digest} cannot be pinned: {left * self._pool.row_bytes} bytes would be left for those that "
-                f"are not, the largest takes {largest * self._pool.row_bytes}; unpin another or raise --adapter-memory"
-            )
-        entry.is_pinned = True
-
-    def _num_bytes(self, rank: int) -> int:
-        return self._pool.rows_for(rank) * self._pool.row_bytes
+        waiting = [loading.packed.rank for loading in self._loading.values() if loading.packed is not None]
+        self._device.pin(digest, waiting + [packed.rank for _, packed in self._host])

@@ -76,7 +76,6 @@ class TierCounters:
     hits: dict[str, int] = field(default_factory=lambda: {"host": 0, "device": 0})
     misses: dict[str, int] = field(default_factory=lambda: {"host": 0, "device": 0})
     failures: int = 0
-    device_evictions: int = 0
     load_times: list[AdapterLoad] = field(default_factory=list)
 
 
