@@ -54,7 +54,7 @@ def surroundings() -> dict[str, object]:
     """What a timing was made on: machine, versions, commit, and how busy it was with other things."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     return {
         "cpu": model or platform.processor(),

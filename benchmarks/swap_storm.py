@@ -4,8 +4,9 @@
 
 A server runs as a process of its own on loopback. `streams` clients, in one more process, stream with resident
 adapters, while `cold` others, never loaded or evicted long since, are loaded by LoadAdapter, `at-once` at a time. In
-calm the same streams run for as many tokens, half of them before the storm and half after. A gap is the time between
-two messages of one stream, as its client sees it. Prints a JSON line a round, then one with the medians of the rounds.
+calm the same streams run for as many tokens, before the storm and after. A gap is the time between two messages of one
+stream, as its client sees it. Each round has a server of its own, so that every load is the first of its digest. Prints
+a JSON line a round, then one with the medians of the rounds.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -28,6 +29,7 @@ from server.base.resolve import resolve_base
 
 PROMPT = 32
 LONGEST = 4000  # tokens of a stream, which is cancelled before
+CALM = 100  # tokens of each stream before the storm
 SPARE = 20  # adapters that have room beside those of the streams
 
 Work = Callable[[], Awaitable[None]]
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="of the engine on a CPU")
     parser.add_argument("--client-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.client_of is not None:
@@ -51,28 +54,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         publish_random(base, Path(scratch), args.streams + args.cold, args.rank)
         size = adapter_bytes(base, args.rank)
-        options = ("--device", args.device, "--adapter-memory", str((args.streams + SPARE) * size))
-        with serving(Path(scratch) / "store", args.model, *options) as port:
-            rounds = [json.loads(line) for line in run_client(args, port)]
+        options = ["--device", args.device, "--adapter-memory", str((args.streams + SPARE) * size)]
+        options += ["--threads", str(args.threads)] if args.threads else []
+        rounds = [run_round(args, Path(scratch) / "store", options) for _ in range(args.rounds)]
     result: dict[str, object] = {"bench": "swap_storm", "streams": args.streams, "cold": args.cold, "rank": args.rank}
     result["rounds"] = len(rounds)
     result |= {key: round(statistics.median(r[key] for r in rounds), 3) for key in rounds[0]}
     print(json.dumps(result | surroundings()), flush=True)
 
 
-def run_client(args: argparse.Namespace, port: int) -> Iterator[str]:
-    """The lines of the process with the clients, as they come."""
-    command = [sys.executable, "-m", "benchmarks.swap_storm", "--client-of", str(port)]
-    for name in ("streams", "cold", "rounds", "at-once"):
-        command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
-        try:
-            assert client.stdout is not None, "a pipe"
-            for line in client.stdout:
-                print(line, end="", flush=True)
-                yield line
-        finally:
-            client.terminate()
+def run_round(args: argparse.Namespace, store: Path, options: list[str]) -> dict[str, float]:
+    """One storm on a new server, so that no adapter was ever loaded; prints its line."""
+    with serving(store, args.model, *options) as port:
+        command = [sys.executable, "-m", "benchmarks.swap_storm", "--client-of", str(port)]
+        for name in ("streams", "cold", "at-once"):
+            command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=900)
+    print(done.stdout, end="", flush=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
 class Streams:
@@ -86,6 +86,7 @@ class Streams:
         self._is_measured = False
         self._rng = random.Random(0)
         self.gaps: list[float] = []
+        self.seconds = 0.0  # that `work` took
 
     async def run(self, work: Work) -> int:
         """Streams while `work` is done, then cancels; the tokens that each stream had meanwhile, at least."""
@@ -94,7 +95,9 @@ class Streams:
             await self.reach(8)
             self._is_measured = True
             before = min(self._tokens)
+            began = time.perf_counter()
             await work()
+            self.seconds = time.perf_counter() - began
             self._is_measured = False
             return min(self._tokens) - before
         finally:
@@ -136,47 +139,42 @@ class Streams:
 
 
 async def drive(args: argparse.Namespace) -> None:
-    """The client process: each round the storm, between two halves of calm."""
+    """The client process: the storm between two halves of calm."""
     async with grpc.aio.insecure_channel(f"127.0.0.1:{args.client_of}") as channel:
         adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         inference = inference_pb2_grpc.InferenceServiceStub(channel)
-        cold = [f"a{args.streams + i}" for i in range(args.cold)]
+        cold = iter([f"a{args.streams + i}" for i in range(args.cold)])
+
+        async def load() -> None:
+            for name in cold:
+                await adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=name), timeout=120)
 
         async def storm() -> None:
-            waiting = iter(cold)
-
-            async def load() -> None:
-                for name in waiting:
-                    await adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=name), timeout=120)
-
             await asyncio.gather(*(load() for _ in range(args.at_once)))
 
-        async def calm(tokens: int) -> list[float]:
+        async def calm(tokens: int) -> Streams:
             streams = Streams(inference, args.streams)
             await streams.run(lambda: streams.reach_more(tokens))
-            return streams.gaps
+            return streams
 
-        tokens = 200  # of the first half, before it is known how long the storm is
-        await calm(20)
-        for _ in range(args.rounds):
-            before = await calm(tokens // 2)
-            stormy = Streams(inference, args.streams)
-            began = time.perf_counter()
-            tokens = max(20, await stormy.run(storm))
-            seconds = time.perf_counter() - began
-            after = await calm(tokens // 2)
-            print(json.dumps(compare(before + after, stormy.gaps) | {"storm_s": round(seconds, 2)}), flush=True)
+        await calm(20)  # to warm up
+        before = await calm(CALM)
+        stormy = Streams(inference, args.streams)
+        tokens = await stormy.run(storm)
+        after = await calm(max(CALM, tokens - CALM))
+        print(json.dumps(compare(before.gaps + after.gaps, stormy) | {"storm_tokens": tokens}), flush=True)
 
 
-def compare(calm: list[float], storm: list[float]) -> dict[str, float]:
+def compare(calm: list[float], stormy: Streams) -> dict[str, float]:
     """Gaps in milliseconds, and the storm's as a ratio to the calm's."""
+    storm = stormy.gaps
     result: dict[str, float] = {}
-    for name, share in (("median", 0.5), ("p99", 0.99)):
+    for name, share in (("median", 0.5), ("p99", 0.99), ("max", 1.0)):
         of_calm, of_storm = quantile(calm, share), quantile(storm, share)
         result[f"calm_{name}_ms"] = round(of_calm * 1e3, 2)
         result[f"storm_{name}_ms"] = round(of_storm * 1e3, 2)
         result[f"{name}_ratio"] = round(of_storm / of_calm, 3)
-    return result | {"storm_max_ms": round(max(storm) * 1e3, 2), "calm_max_ms": round(max(calm) * 1e3, 2)}
+    return result | {"storm_s": round(stormy.seconds, 2)}
 
 
 if __name__ == "__main__":
