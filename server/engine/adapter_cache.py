@@ -177,12 +177,16 @@ class AdapterCache:
         arrivals.unloaded.extend(self._unloaded)
         self._unloaded.clear()
         for digest, loading in self._loading.items():
-            stage = loading.stage
-            if loading.is_called and stage is not loading.told:
-                loading.told = stage
-                size = 0 if loading.packed is None else loading.packed.num_bytes
-                arrivals.progress.append(Progress(digest, stage, size))
+            if loading.is_called and loading.stage is not loading.told:
+                arrivals.progress.append(self.progress(digest))
         return arrivals
+
+    def progress(self, digest: str) -> Progress:
+        """Where a load is; what `poll` tells next is what comes after."""
+        loading = self._loading[digest]
+        loading.told = stage = loading.stage
+        size = 0 if loading.packed is None else loading.packed.num_bytes
+        return Progress(digest, Stage.WAITING if stage is Stage.QUEUED else stage, size)
 
     def snapshot(self) -> list[ResidentAdapter]:
         """Those in the host tier, then those on the device."""

@@ -60,10 +60,11 @@ def build_engine(
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
+    turn = threading.Lock()  # two loads that compute at once would take two cores from the step loop
     adapters = AdapterCache(
         pool,
-        lambda path: load_adapter(path, spec, dtype, pin=device.type == "cuda"),
-        prove=Canary(model, pool, max_model_len).check if config.canary else None,
+        lambda path: load_adapter(path, spec, dtype, device.type == "cuda", turn),
+        prove=Canary(model, pool, max_model_len, turn).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
     )

@@ -10,6 +10,7 @@ Compared are each projection's term on the same input, which no noise of the bas
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,17 @@ TOLERANCES = {
 
 
 class Canary:
-    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own."""
+    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own; what computes
+    waits for its `turn`."""
 
-    def __init__(self, model: Transformer, pool: AdapterPool, max_model_len: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pool: AdapterPool,
+        max_model_len: int,
+        turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (does nothing)
+    ) -> None:
+        self._turn = turn
         self._model = model
         self._pool = pool
         embedding = model.weights.embedding
@@ -63,11 +72,12 @@ class Canary:
     def check(self, directory: Path, ranges: Ranges) -> None:
         """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
         with torch.cuda.stream(self._stream):  # None: no stream
-            self._check(directory, ranges)
+            reference = Reference.read(directory, self._device)
+            with self._turn:
+                self._compare(directory, reference, ranges)
 
-    def _check(self, directory: Path, ranges: Ranges) -> None:
+    def _compare(self, directory: Path, reference: "Reference", ranges: Ranges) -> None:
         n, tolerance = self._length, TOLERANCES[self._dtype]
-        reference = Reference.read(directory, self._device)
         served = build_lora_batch(self._pool, [], [TokenSpan(n, ranges), TokenSpan(n, None)])
         assert served is not None, "an adapter has rows"
         both = _Both(n, self._pool, served, reference)

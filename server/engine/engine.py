@@ -14,6 +14,7 @@ import msgspec
 
 from adapters.errors import InvalidAdapter, LorikeetError
 from server.engine.adapter_cache import AdapterCache
+from server.engine.loading import Progress
 from server.engine.messages import (
     CallDone,
     CallProgress,
@@ -151,6 +152,7 @@ class Engine:
             self._end_calls([message.call_id])
         else:
             self._load_calls[message.adapter.digest].append(message.call_id)
+            self._tell(self._adapters.progress(message.adapter.digest))
 
     def _unload(self, message: UnloadAdapter) -> None:
         digest = message.digest
@@ -178,8 +180,7 @@ class Engine:
             return
         arrivals = self._adapters.poll()
         for progress in arrivals.progress:
-            for call_id in self._load_calls.get(progress.digest, ()):
-                self._channel.send(CallProgress(call_id, progress.stage, 0, progress.num_bytes))
+            self._tell(progress)
         if arrivals.loaded:
             self._report()
         for digest in arrivals.loaded:
@@ -191,6 +192,10 @@ class Engine:
             self._end_calls(self._load_calls.pop(digest, []), error)
             for request_id in self._scheduler.fail_adapter(digest):
                 self._channel.send(RequestFailed(request_id, error_payload(error)))
+
+    def _tell(self, progress: Progress) -> None:
+        for call_id in self._load_calls.get(progress.digest, ()):
+            self._channel.send(CallProgress(call_id, progress.stage.value, 0, progress.num_bytes))
 
     def _wait(self) -> float:
         if self.is_busy:

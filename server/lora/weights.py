@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +59,15 @@ class PackedAdapter:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype, pin: bool = False) -> PackedAdapter:
+def load_adapter(
+    directory: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    pin: bool = False,
+    turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (does nothing)
+) -> PackedAdapter:
     """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
-    UnsupportedAdapter listing the faults.
+    UnsupportedAdapter listing the faults. What computes waits for its `turn`; what reads does not.
 
     Few large operations: what runs in the interpreter here holds up the step loop, what runs in torch does not.
     """
@@ -70,11 +77,12 @@ def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype, pin: bool
         tensors = read_tensors(fd, read_header(fd, Limits()))
     rank = max(module.rank for module in layout.modules.values())
     is_full = len(layout.modules) == len(spec.linears()) and all(m.rank == rank for m in layout.modules.values())
-    flat, packed = _allocate(spec, rank, dtype, pin)
-    if not is_full:
-        flat.zero_()
-    _fill(packed, spec, layout, tensors)
-    low, high = torch.aminmax(flat)  # NaN shows in both
+    with turn:
+        flat, packed = _allocate(spec, rank, dtype, pin)
+        if not is_full:
+            flat.zero_()
+        _fill(packed, spec, layout, tensors)
+        low, high = torch.aminmax(flat)  # NaN shows in both
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise _not_finite(directory, spec, packed, dtype)
     return packed

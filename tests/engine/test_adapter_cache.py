@@ -398,7 +398,9 @@ def test_a_call_is_told_each_stage() -> None:
     world.make_resident(B)
     assert world.cache.acquire(digest(B))
     world.cache.load(ref(A))
-    stages = [(p.stage, p.num_bytes) for p in world.poll().progress]
+    told = world.cache.progress(digest(A))
+    stages = [(told.stage, told.num_bytes)]
+    assert world.poll().progress == []
     world.workers.run_all()
     stages += [(p.stage, p.num_bytes) for p in world.poll().progress]
     world.cache.release(digest(B))
