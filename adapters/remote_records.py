@@ -1,7 +1,9 @@
 """The names of a remote store: records that are replaced only if they are still what was read, and what to make of
 them while the service is away."""
 
+import dataclasses
 import random
+import secrets
 import time
 from collections.abc import Callable
 
@@ -98,6 +100,7 @@ class RemoteRecords:
             updated = record if record is not None and is_done else change(record)
             if source is not None and updated is record:
                 return self._remember(Seen(updated, source, self._clock())).record
+            updated = dataclasses.replace(updated, nonce=secrets.token_hex(8))
             written = canonical_json(updated)
             try:
                 source = self._bucket.write(key, written, source)

@@ -1,19 +1,25 @@
 """A real S3 server (moto's) on loopback, in this process, that can be stopped and started again."""
 
 import logging
+import threading
 import urllib.request
+from collections.abc import Iterable
+from typing import Any
 
-from moto.server import ThreadedMotoServer
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
 
 
 class S3Server:
-    """Its objects outlive a stop."""
+    """Its objects outlive a stop. Requests are worked on one at a time: moto looks at If-Match and then writes, with
+    nothing to keep another writer from coming in between, which S3 promises there is not."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-        self._server.start()
-        _, self.port = self._server.get_host_and_port()
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.Lock()
+        self.port = 0
+        self.start()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -29,9 +35,20 @@ class S3Server:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
 
-    def stop(self) -> None:
-        self._server.stop()
-
     def start(self) -> None:
-        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
-        self._server.start()
+        """On the same port as before."""
+        self._server = make_server(
+            "127.0.0.1", self.port, self._serialised, threaded=True, request_handler=MotoRequestHandler
+        )
+        self.port = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def _serialised(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self._lock:
+            return list(self._app(environment, start_response))

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,34 @@ def test_a_lost_answer_is_not_taken_for_another_writer(
     unlucky = machine(bucket=LosingAnswers(open_bucket(location)))
     assert unlucky.move_label("a", "latest", first, expected=second).digest == first
     assert len(store.record("a").history) == 3
+
+
+class Overtaken(Guarded):
+    """Another writer comes in before the first write."""
+
+    def __init__(self, bucket: Bucket, other: Callable[[], object]) -> None:
+        super().__init__(bucket)
+        self._others = [other]
+
+    def write(self, *args: Any) -> Any:
+        while self._others:
+            self._others.pop()()
+        return self._bucket.write(*args)
+
+
+def test_another_who_does_the_same_at_the_same_moment_is_another(
+    location: str,
+    store: RemoteStore,
+    machine: Callable[..., RemoteStore],
+    sources: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second = (store.publish(source, "a", **PUBLISH).digest for source in sources[:2])
+    monkeypatch.setattr("adapters.names.utc_now", lambda: "2026-01-01T00:00:00.000Z")
+    same = partial(store.move_label, "a", "latest", first, expected=second)
+    late = machine(bucket=Overtaken(open_bucket(location), same))
+    with pytest.raises(LabelMoved):
+        late.move_label("a", "latest", first, expected=second)
 
 
 @pytest.mark.parametrize("what", ["flipped", "longer", "shorter", "gone"])
