@@ -21,13 +21,10 @@ from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
 _FORMAT = "lorikeet-adapter-v1"
 
 
-def content_digest(base_digest: str, files: Mapping[str, FileInfo]) -> str:
-    """`sha256:<hex>` over each file's digest and the base's: an adapter is its content and what it was made for."""
-    description = {
-        "format": _FORMAT,
-        "base_digest": base_digest,
-        "files": {name: info.sha256 for name, info in files.items()},
-    }
+def content_digest(base_digest: str, hashes: Mapping[str, str]) -> str:
+    """`sha256:<hex>` over each file's sha256 (hex, by name) and the base's digest: an adapter is its content and what
+    it was made for."""
+    description = {"format": _FORMAT, "base_digest": base_digest, "files": dict(hashes)}
     return "sha256:" + hashlib.sha256(canonical_json(description)).hexdigest()
 
 
@@ -48,7 +45,7 @@ def describe(
     }
     ranks = tuple(sorted({module.rank for module in layout.modules.values()}))
     return Manifest(
-        digest=content_digest(base.digest, files),
+        digest=content_digest(base.digest, _hashes(files)),
         base_digest=base.digest,
         base_name=base.name,
         rank=ranks[-1],
@@ -72,7 +69,7 @@ def manifest_faults(manifest: Manifest, digest: str) -> list[str]:
         return [f"{MANIFEST_FILE}: does not belong to {digest}"]
     if manifest.files.keys() != {CONFIG_FILE, WEIGHTS_FILE}:
         return [f"{MANIFEST_FILE}: does not list {CONFIG_FILE} and {WEIGHTS_FILE} alone"]
-    if content_digest(manifest.base_digest, manifest.files) != digest:
+    if content_digest(manifest.base_digest, _hashes(manifest.files)) != digest:
         return [f"{MANIFEST_FILE}: its files and base do not give {digest}"]
     return []
 
@@ -91,3 +88,7 @@ def damage(directory: Path, manifest: Manifest, digest: str) -> list[str]:
         if found != info.sha256:
             faults.append(f"{name}: its sha256 is {found}, not {info.sha256}")
     return faults
+
+
+def _hashes(files: Mapping[str, FileInfo]) -> dict[str, str]:
+    return {name: info.sha256 for name, info in files.items()}

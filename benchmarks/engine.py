@@ -16,8 +16,11 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+from adapters.content import content_digest
+from adapters.files import hash_file
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
 from benchmarks.random_adapters import write_random_adapters
-from server.base.resolve import resolve_base
+from server.base.resolve import BaseModel, resolve_base
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.engine import Engine
@@ -107,6 +110,12 @@ class Bench:
         }
 
 
+def adapter_ref(directory: Path, base: BaseModel) -> AdapterRef:
+    """A PEFT directory under the digest of its files."""
+    hashes = {name: hash_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    return AdapterRef(content_digest(base.digest, hashes), str(directory))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory; the embedded default when absent")
@@ -136,7 +145,7 @@ def main() -> None:
         if args.adapters is None:
             write_random_adapters(base.spec, Path(scratch), count, rank=8)
         directory = args.adapters or Path(scratch)
-        refs = [AdapterRef(f"sha256:{i:064x}", str(directory / f"a{i}")) for i in range(count)]
+        refs = [adapter_ref(directory / f"a{i}", base) for i in range(count)]
         bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
     for batch, adapters in cases:
         print(json.dumps(bench.case(batch, adapters, args.new)), flush=True)

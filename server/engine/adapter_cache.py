@@ -26,7 +26,7 @@ from server.errors import PinRefused
 from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import PackedAdapter
 
-Load = Callable[[Path], PackedAdapter]
+Load = Callable[[AdapterRef], PackedAdapter]
 Prove = Callable[[Path, Ranges], None]
 
 NUM_WORKERS = 2  # one slow file does not hold up the others
@@ -249,7 +249,7 @@ class AdapterCache:
                 break
             if loading.stage is Stage.QUEUED:
                 loading.stage = Stage.READING
-                loading.reading = self._workers.submit(timed_load, self._load, Path(loading.adapter.path))
+                loading.reading = self._workers.submit(timed_load, self._load, loading.adapter)
                 free -= 1
 
     def _for_each(self, stage: Stage, advance: Callable[[str, Loading, Arrivals], bool], arrivals: Arrivals) -> None:

@@ -24,7 +24,7 @@ from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.errors import BaseModelError, ConfigError
 from server.lora.pool import AdapterPool
-from server.lora.weights import load_adapter
+from server.lora.weights import Identity, load_adapter
 from server.model.attention import AttentionBackend, TorchAttention
 from server.model.kv_cache import KVCache, kv_bytes_per_token
 from server.model.loader import DTYPES, load_weights
@@ -63,7 +63,14 @@ def build_engine(
     turn = threading.Lock()  # two loads that compute at once would take two cores from the step loop
     adapters = AdapterCache(
         pool,
-        lambda path: load_adapter(path, spec, dtype, device.type == "cuda", turn),
+        lambda adapter: load_adapter(
+            Path(adapter.path),
+            spec,
+            dtype,
+            Identity(adapter.digest, config.base_digest),
+            pin=device.type == "cuda",
+            turn=turn,
+        ),
         prove=Canary(model, pool, max_model_len, turn).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),

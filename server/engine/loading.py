@@ -4,7 +4,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 from time import perf_counter
 from typing import TypeVar
 
@@ -79,9 +78,9 @@ class TierCounters:
     load_times: list[AdapterLoad] = field(default_factory=list)
 
 
-def timed_load(load: Callable[[Path], PackedAdapter], directory: Path) -> tuple[PackedAdapter, float]:
+def timed_load(load: Callable[[AdapterRef], PackedAdapter], adapter: AdapterRef) -> tuple[PackedAdapter, float]:
     began = perf_counter()
-    return load(directory), perf_counter() - began
+    return load(adapter), perf_counter() - began
 
 
 def outcome(work: Future[T], digest: str) -> T:

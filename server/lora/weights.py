@@ -1,5 +1,6 @@
 """An adapter's files as tensors ready for the pool. Runs off the step loop."""
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adapters.content import content_digest
 from adapters.errors import InvalidAdapter
 from adapters.layout import AdapterLayout, Limits, LoraModule, read_layout
-from adapters.validation import WEIGHTS_FILE, TensorEntry, opened, read_header, refuse
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, TensorEntry, opened, read_header, refuse
 from server.base.spec import ModelSpec
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,25 +61,38 @@ class PackedAdapter:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What an adapter's files have to amount to: the version `digest`, made for a base."""
+
+    digest: str
+    base_digest: str
+
+
 def load_adapter(
     directory: Path,
     spec: ModelSpec,
     dtype: torch.dtype,
+    identity: Identity | None = None,
     pin: bool = False,
     turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (does nothing)
 ) -> PackedAdapter:
     """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
-    UnsupportedAdapter listing the faults. What computes waits for its `turn`; what reads does not.
+    UnsupportedAdapter listing the faults; also when the bytes that were read are not those of `identity`. What
+    computes waits for its `turn`; what reads does not.
 
     Few large operations: what runs in the interpreter here holds up the step loop, what runs in torch does not.
     """
     # Whether an adapter without effect is wanted was decided when it was published; the values are looked at below.
     layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
     with opened(directory / WEIGHTS_FILE) as fd:
-        tensors = read_tensors(fd, read_header(fd, Limits()))
+        entries = read_header(fd, Limits())
+        data, header = _read_data(fd, entries), _read_header_bytes(fd, entries)
     rank = max(module.rank for module in layout.modules.values())
     is_full = len(layout.modules) == len(spec.linears()) and all(m.rank == rank for m in layout.modules.values())
     with turn:
+        digest = _digest(identity.base_digest, directory, header, data) if identity is not None else None
+        tensors = _as_tensors(data, entries)
         flat, packed = _allocate(spec, rank, dtype, pin)
         if not is_full:
             flat.zero_()
@@ -85,15 +100,34 @@ def load_adapter(
         low, high = torch.aminmax(flat)  # NaN shows in both
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise _not_finite(directory, spec, packed, dtype)
+    if identity is not None and digest != identity.digest:  # last: other faults say more
+        raise refuse(
+            f"adapter {identity.digest}: the files in the store are not those that were published; "
+            "`lorikeet adapters verify` says which, importing the adapter again mends them"
+        )
     return packed
 
 
 def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
     """The tensors of an open safetensors file, whose entries lie one behind the other, by one read into private
     memory. Not mapped: a file cut short under a map ends the process. Raises InvalidAdapter if it is cut short."""
+    return _as_tensors(_read_data(fd, entries), entries)
+
+
+def _read_data(fd: int, entries: Sequence[TensorEntry]) -> Tensor:
+    """All bytes after the header."""
     first = entries[0].start if entries else 0
     data = torch.empty(entries[-1].stop - first if entries else 0, dtype=torch.uint8)
     _read_into(fd, data.numpy().data, first, entries)
+    return data
+
+
+def _read_header_bytes(fd: int, entries: Sequence[TensorEntry]) -> bytes:
+    """All bytes before the data, and so the whole of a file without tensors."""
+    return os.pread(fd, entries[0].start if entries else os.fstat(fd).st_size, 0)
+
+
+def _as_tensors(data: Tensor, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) == 1:
         whole = data.view(_DTYPES[dtypes.pop()])
@@ -112,6 +146,14 @@ def _read_into(fd: int, buffer: memoryview, start: int, entries: Sequence[Tensor
             name = next(entry.name for entry in entries if entry.stop > start + position)
             raise refuse(f"{name}: truncated while it was read")
         position += count
+
+
+def _digest(base_digest: str, directory: Path, header: bytes, data: Tensor) -> str:
+    """The digest of what was read: the weights, which are `header` and `data`, and the config."""
+    weights = hashlib.sha256(header)
+    weights.update(data.numpy().data)
+    config = hashlib.sha256((directory / CONFIG_FILE).read_bytes())
+    return content_digest(base_digest, {CONFIG_FILE: config.hexdigest(), WEIGHTS_FILE: weights.hexdigest()})
 
 
 def _allocate(spec: ModelSpec, rank: int, dtype: torch.dtype, pin: bool) -> tuple[Tensor, PackedAdapter]:

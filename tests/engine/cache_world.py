@@ -73,11 +73,11 @@ class CacheWorld:
             self._packed[name] = random_adapter(int(name.rsplit(":", 1)[1]), torch.float32, generator)
         return self._packed[name]
 
-    def _load(self, directory: Path) -> PackedAdapter:
+    def _load(self, adapter: AdapterRef) -> PackedAdapter:
         self.num_reads += 1
-        if directory.name in self.broken:
-            raise InvalidAdapter(f"{directory.name} is broken")
-        return self.packed(directory.name)
+        if adapter.path in self.broken:
+            raise InvalidAdapter(f"{adapter.path} is broken")
+        return self.packed(adapter.path)
 
     def _prove(self, directory: Path, ranges: Ranges) -> None:
         self.num_proofs += 1

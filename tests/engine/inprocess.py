@@ -9,6 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from adapters.content import content_digest
+from adapters.files import hash_file
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.engine import Engine
@@ -31,6 +34,9 @@ from server.engine.messages import (
 )
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+BASE_DIGEST = "sha256:0"
 
 
 class Inbox:
@@ -80,7 +86,7 @@ class Driver:
             "page_size": 8,
         }
         self.inbox = Inbox()
-        config = EngineConfig(base_path=str(directory), base_digest="sha256:0", **{**defaults, **settings})
+        config = EngineConfig(base_path=str(directory), base_digest=BASE_DIGEST, **{**defaults, **settings})
         self.engine: Engine = build_engine(config, self.inbox, overlap=overlap)
 
     def submit(
@@ -133,7 +139,13 @@ def make_adapter(model: PreTrainedModel, directory: Path, seed: int, std: float 
                 parameter.normal_(std=std)
     peft.save_pretrained(directory)
     peft.unload()
-    return AdapterRef(f"sha256:{directory.name}", str(directory))
+    return adapter_ref(directory)
+
+
+def adapter_ref(directory: Path) -> AdapterRef:
+    """A PEFT directory under the digest of its files, for the base of `Driver`."""
+    hashes = {name: hash_file(directory / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    return AdapterRef(content_digest(BASE_DIGEST, hashes), str(directory))
 
 
 @torch.no_grad()
