@@ -38,6 +38,7 @@ def main() -> int:
         return CONFIG_REFUSED if isinstance(error, ConfigError) else BASE_REFUSED
     engine.run()
     link.close()
+    engine.check_integrity()  # a page, row or lease that was lost shows nowhere else
     return 0
 
 
