@@ -32,7 +32,9 @@ class ServerProcess:
     metrics_port: int
 
     @classmethod
-    def start(cls, directory: Path, base: Path, store: Path | str, *options: str, timeout: float = 120.0) -> "ServerProcess":
+    def start(
+        cls, directory: Path, base: Path, store: Path | str, *options: str, timeout: float = 120.0
+    ) -> "ServerProcess":
         """Start with one thread and wait until it is ready; `directory` takes its log."""
         log = directory / "server.log"
         arguments = ["serve", "--json", "--base", str(base), "--store", str(store), "--device", "cpu"]
