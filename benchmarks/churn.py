@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.live import surroundings
 from tests.support.churn.run import Outcome, Size, run_churn
 
 
@@ -36,7 +37,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["LORIKEET_CACHE"] = str(Path(scratch) / "cache")
         outcome = run_churn(Path(scratch), size)
-    print(json.dumps(summary(size, outcome)), flush=True)
+    print(json.dumps(summary(size, outcome) | surroundings()), flush=True)
     faults = outcome.faults
     if outcome.engine_cpu_seconds < size.cpu_seconds:
         faults.append(f"the engine used {outcome.engine_cpu_seconds:.1f} s only; raise --max-seconds")
@@ -49,6 +50,7 @@ def summary(size: Size, outcome: Outcome) -> dict[str, object]:
     """What the line says."""
     metrics, verdict = outcome.metrics, outcome.verdict
     return {
+        "bench": "churn",
         "clients": size.num_clients,
         "adapters": size.num_adapters,
         "answers": len(outcome.journal.records),

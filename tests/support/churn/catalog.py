@@ -57,8 +57,8 @@ class Catalog:
         return {m.digest for m, end in zip(moves, followed_at, strict=True) if m.began <= until and end >= since}
 
     def known(self, name: str) -> list[str]:
-        """The digests of all that the name ever had."""
-        return list(self._names[name].sources)
+        """Digests that the name has or had not long ago."""
+        return list(self._names[name].sources)[-2 * MAX_VERSIONS :]
 
     def sources(self) -> dict[str, Path]:
         """Digest → the PEFT directory it was published from."""

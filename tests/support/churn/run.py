@@ -21,7 +21,7 @@ from tests.support.tiny_base import KV_BYTES_PER_TOKEN, save_tiny_base
 from tests.support.waiting import eventually
 
 ROOM = 8  # adapters of the mean rank that the device's memory holds
-KV_TOKENS = 320
+KV_TOKENS = 160
 MAX_NUM_SEQS = 16
 ROWS_A_PAGE = 4  # of the adapters' memory
 PROMPTS = [[40 + i] * (3 + 7 * i) for i in range(4)]
