@@ -32,13 +32,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-canary", action="store_true", help="as the server's")
     args = parser.parse_args()
+    options = ["--device", args.device, *(["--no-canary"] if args.no_canary else [])]
     base = resolve_base(args.model)
     with tempfile.TemporaryDirectory() as scratch:
         versions = publish_random(base, Path(scratch), args.count + 1, args.rank)
         reading = [read_seconds(version.path / "adapter_model.safetensors") for version in versions]
         with (
-            serving(Path(scratch) / "store", args.model, "--device", args.device) as port,
+            serving(Path(scratch) / "store", args.model, *options) as port,
             grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
         ):
             result = measure(inference_pb2_grpc.InferenceServiceStub(channel), args)
@@ -47,7 +49,7 @@ def main() -> None:
         excess = result[f"cold_{share}_ms"] - result[f"resident_{share}_ms"] - result["file_read_ms"]
         result[f"excess_{share}_ms"] = excess
     case: dict[str, object] = {"bench": "cold_adapter", "count": args.count, "rank": args.rank, "prompt": args.prompt}
-    case |= {"file_bytes": versions[0].manifest.size_bytes}
+    case |= {"canary": not args.no_canary, "file_bytes": versions[0].manifest.size_bytes}
     case |= {key: round(value, 2) for key, value in result.items()}
     print(json.dumps(case | surroundings()), flush=True)
 

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-canary", action="store_true", help="as the server's")
     parser.add_argument("--threads", type=int, help="of the engine on a CPU")
     parser.add_argument("--client-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -56,9 +57,10 @@ def main() -> None:
         size = adapter_bytes(base, args.rank)
         options = ["--device", args.device, "--adapter-memory", str((args.streams + SPARE) * size)]
         options += ["--threads", str(args.threads)] if args.threads else []
+        options += ["--no-canary"] if args.no_canary else []
         rounds = [run_round(args, Path(scratch) / "store", options) for _ in range(args.rounds)]
     result: dict[str, object] = {"bench": "swap_storm", "streams": args.streams, "cold": args.cold, "rank": args.rank}
-    result["rounds"] = len(rounds)
+    result |= {"canary": not args.no_canary, "rounds": len(rounds)}
     result |= {key: round(statistics.median(r[key] for r in rounds), 3) for key in rounds[0]}
     print(json.dumps(result | surroundings()), flush=True)
 
