@@ -1,6 +1,7 @@
 """One engine process and the socket to it, from start to end. Starting another one is `supervisor`'s."""
 
 import asyncio
+import os
 import contextlib
 import shutil
 import signal
@@ -74,6 +75,7 @@ class EngineClient:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            env=_engine_environment(),
             start_new_session=True,  # a terminal's Ctrl-C is for the front end, which then stops the engine in order
         )
         assert process.stdin is not None, "a pipe"
@@ -207,3 +209,12 @@ async def _exit_within(process: asyncio.subprocess.Process, seconds: float) -> N
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await process.wait()
+
+
+def _engine_environment() -> dict[str, str]:
+    """Ours, with torch's CPU threads told to wait for each other briefly and then to sleep. By default they spin for
+    milliseconds, and the core that one spins on is the one that the front end, or the thread it waits for, needs."""
+    environment = dict(os.environ)
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        environment["GOMP_SPINCOUNT"] = "5000"
+    return environment
