@@ -1,8 +1,8 @@
 """One engine process and the socket to it, from start to end. Starting another one is `supervisor`'s."""
 
 import asyncio
-import os
 import contextlib
+import os
 import shutil
 import signal
 import sys
