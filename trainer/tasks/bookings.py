@@ -1,0 +1,144 @@
+"""Bookings: a sentence in which someone asks for a table, as one line of fields.
+
+    "Could you squeeze in Lindqvist, party of six, this Thursday at a quarter to eight in the evening?"
+    → thu 19:45 6 Lindqvist
+
+The words have to be understood, not copied: the clock is told in words and in twelve hours, the party counted in
+words or by its members, and one sentence in three names a day or a number that does not matter. A row is a test row
+or a training row by its fields' hash, so no booking that is asked for in the test was trained on in any wording.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+from trainer.tasks.task import Row
+
+INSTRUCTION = "Write the booking as: day HH:MM people name"
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+# fmt: off
+NAMES = (
+    "Lindqvist", "Okafor", "Marsh", "Delgado", "Petrov", "Nakamura", "Haddad", "Byrne", "Castellano", "Novak",
+    "Abara", "Fischer", "Moreau", "Svensson", "Tanaka", "Walsh", "Ibrahim", "Keller", "Rossi", "Dubois", "Mensah",
+    "Horvat", "Larsen", "Quinn", "Silva", "Weber", "Yilmaz", "Andersen", "Banerjee", "Costa", "Doyle", "Eriksen",
+    "Ferrari", "Gupta", "Hughes", "Ivanov", "Jansen", "Kowalski", "Lopez", "Murphy",
+)
+# fmt: on
+OPENINGS = (
+    "Could you squeeze in {who}, {party}, {day} {time}?",
+    "Hi, I need a table {time} {day} for {people}, under {who}.",
+    "{who} here. {People} of us would like to come {day}, {time}.",
+    "Please put {who} down for {people} {day} {time}.",
+    "Is there room for {people} {day}? We would be there {time}. The name is {who}.",
+    "Book {party} {time}, {day}. Name: {who}.",
+    "My name is {who} and I am looking for a table for {people}, {day} {time}.",
+    "{day}, {time}, {party}, and the booking goes to {who}.",
+)
+DISTRACTIONS = (
+    "Not {other_day}, we are away then.",
+    "Last time we were {other_number}, and it was lovely.",
+    "We will be celebrating {other_number} years together.",
+    "I called on {other_day} but nobody answered.",
+    "My phone number ends in {other_number}.",
+)
+TEST_SHARE = 5  # one booking in so many is kept for the test
+
+
+@dataclass(frozen=True, slots=True)
+class Booking:
+    """`minute` is since midnight, a multiple of five."""
+
+    day: int
+    minute: int
+    people: int
+    name: str
+
+    @property
+    def answer(self) -> str:
+        return f"{DAYS[self.day][:3].lower()} {self.minute // 60:02}:{self.minute % 60:02} {self.people} {self.name}"
+
+    @property
+    def is_test(self) -> bool:
+        return hashlib.sha256(self.answer.encode()).digest()[0] % TEST_SHARE == 0
+
+
+class Bookings:
+    """See the module."""
+
+    name = "bookings"
+
+    def train(self, num_rows: int, seed: int) -> list[Row]:
+        """See `Task`."""
+        return _rows(num_rows, random.Random(f"bookings train {seed}"), is_test=False)
+
+    def test(self, num_rows: int, seed: int) -> list[Row]:
+        """See `Task`."""
+        return _rows(num_rows, random.Random(f"bookings test {seed}"), is_test=True)
+
+
+def _rows(num_rows: int, rng: random.Random, *, is_test: bool) -> list[Row]:
+    rows: list[Row] = []
+    while len(rows) < num_rows:
+        booking = Booking(rng.randrange(7), 5 * rng.randrange(8 * 12, 23 * 12), rng.randint(1, 12), rng.choice(NAMES))
+        if booking.is_test == is_test:
+            rows.append(
+                {
+                    "messages": [
+                        {"role": "system", "content": INSTRUCTION},
+                        {"role": "user", "content": _sentence(booking, rng)},
+                        {"role": "assistant", "content": booking.answer},
+                    ]
+                }
+            )
+    return rows
+
+
+def _sentence(booking: Booking, rng: random.Random) -> str:
+    people = _people(booking.people, rng)
+    day = DAYS[booking.day]
+    fields = {
+        "who": booking.name,
+        "people": people,
+        "People": people.capitalize(),
+        "party": f"a party of {NUMBERS[booking.people - 1]}",
+        "day": rng.choice(("on {}", "this {}", "next {}", "this coming {}")).format(day),
+        "time": _time(booking.minute, rng),
+    }
+    text = rng.choice(OPENINGS).format(**fields)
+    if rng.random() < 1 / 3:
+        other = rng.choice([name for name in DAYS if name != day])
+        number = rng.choice([name for name in NUMBERS[1:] if name != NUMBERS[booking.people - 1]])
+        text += " " + rng.choice(DISTRACTIONS).format(other_day=other, other_number=number)
+    return text[0].upper() + text[1:]
+
+
+def _people(count: int, rng: random.Random) -> str:
+    """As a number word, or as the one who asks and the others."""
+    if count > 1 and rng.random() < 0.3:
+        others = NUMBERS[count - 2]
+        return f"{others} {'friend' if count == 2 else 'friends'} and me"
+    return NUMBERS[count - 1]
+
+
+def _time(minute: int, rng: random.Random) -> str:
+    """Told by the clock's face, in words: "a quarter to eight in the evening"."""
+    hour, past = divmod(minute, 60)
+    style = rng.random()
+    if style < 0.2:
+        return f"at {(hour - 1) % 12 + 1}:{past:02} {'am' if hour < 12 else 'pm'}"
+    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
+    this, following = NUMBERS[(hour - 1) % 12], NUMBERS[hour % 12]
+    if past == 0:
+        return f"at {this} {part}"
+    if past <= 30:
+        return f"at {_minutes(past)} past {this} {part}"
+    return f"at {_minutes(60 - past)} to {following} {part}"
+
+
+def _minutes(count: int) -> str:
+    if count == 30:
+        return "half"
+    if count == 15:
+        return "a quarter"
+    return {5: "five", 10: "ten", 20: "twenty", 25: "twenty-five"}[count]
