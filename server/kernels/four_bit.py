@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUANT_TYPES = ("nf4", "fp4")
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from server.kernels.linear import Linear
+from server.kernels.reference import four_bit as reference
+
 NESTED_BLOCK_SIZE = 256
+# Weights that are quantized or laid out at once on a CPU: the operators there take up to 16 bytes for each.
+PIECE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,17 @@ class QuantizedWeight:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [self.packed, self.absmax]
-        if self.nested is not None:
-            tensors += [self.nested.absmax, self.nested.table, self.nested.offset]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it consists of."""
+        nested = self.nested
+        return (self.packed, self.absmax) if nested is None else (self.packed, *self.scale_tensors())
+
+    def scale_tensors(self) -> tuple[Tensor, ...]:
+        """What the scales consist of."""
+        nested = self.nested
+        return (self.absmax,) if nested is None else (self.absmax, nested.absmax, nested.table, nested.offset)
 
     def scales(self) -> Tensor:
         """Each block's absmax, float32 [blocks]; double quantization undone."""
@@ -57,47 +67,64 @@ class QuantizedWeight:
         )
         return scales + self.nested.offset
 
-    def to(self, device: torch.device) -> "QuantizedWeight":
-        """The same on a device."""
-        nested = self.nested
-        if nested is not None:
-            nested = NestedScales(nested.absmax.to(device), nested.table.to(device), nested.offset.to(device))
-        return replace(self, packed=self.packed.to(device), absmax=self.absmax.to(device), nested=nested)
+    def copy_(self, other: "QuantizedWeight") -> None:
+        """Become a weight of the same shape and format, in place."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
 
 def quantize(weight: Tensor, quant_type: str, block_size: int, double: bool) -> QuantizedWeight:
     """weight [out, in] in 16 or 32 bits → 4 bits; `double` quantizes the absmax too. As bitsandbytes does, bit for bit;
     `out · in` must be even."""
-    from bitsandbytes.functional import quantize_4bit
+    from bitsandbytes.functional import quantize_blockwise
 
-    packed, state = quantize_4bit(
-        weight.contiguous(), blocksize=block_size, compress_statistics=double, quant_type=quant_type
-    )
+    assert weight.numel() % 2 == 0, f"{tuple(weight.shape)}: an odd number of weights"
+    flat = weight.contiguous().view(-1)
+    done = [
+        torch.ops.bitsandbytes.quantize_4bit(piece, block_size, quant_type, torch.uint8)
+        for piece in (flat.split(PIECE) if flat.device.type == "cpu" else (flat,))
+    ]
+    packed, absmax = (torch.cat([part.flatten() for part in parts]) for parts in zip(*done, strict=True))
     nested = None
-    if state.nested:
-        assert state.state2.blocksize == NESTED_BLOCK_SIZE, f"nested blocks of {state.state2.blocksize}"
-        nested = NestedScales(state.state2.absmax, state.state2.code, state.offset)
+    if double:
+        offset = absmax.mean()
+        absmax, state = quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK_SIZE)
+        nested = NestedScales(state.absmax, state.code, offset)
     shape = (weight.shape[0], weight.shape[1])
-    return QuantizedWeight(packed.flatten(), state.absmax, nested, quant_type, block_size, shape, weight.dtype)
+    return QuantizedWeight(packed, absmax, nested, quant_type, block_size, shape, weight.dtype)
+
+
+def quantize_like(weight: Tensor, likes: Sequence[QuantizedWeight]) -> list[QuantizedWeight]:
+    """weight [sum(out_i), in] quantized as `likes` are: split like them, each in its format."""
+    parts = weight.split([like.shape[0] for like in likes])
+    return [
+        replace(quantize(part, like.quant_type, like.block_size, like.nested is not None), dtype=like.dtype)
+        for part, like in zip(parts, likes, strict=True)
+    ]
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
-    """[out, in] in the weight's dtype, on its device. Bit for bit what bitsandbytes makes of it."""
-    return _dequantize(weight, weight.scales())
+    """[out, in] in the weight's dtype, on its device. Bit for bit what bitsandbytes' CUDA kernel makes of it.
 
-
-def _dequantize(weight: QuantizedWeight, scales: Tensor) -> Tensor:
+    Its CPU kernel takes the blocks of each row apart and so misreads weights whose blocks run on from row to row, and
+    it is not exact for large blocks; those go through the reference.
+    """
     import bitsandbytes  # noqa: F401  (registers the operators)
 
+    scales = weight.scales()
+    size, shape = weight.block_size, weight.shape
+    if weight.packed.device.type == "cpu" and (shape[1] % size or size >= 2048):
+        return reference.dequantize(weight.packed, scales, weight.quant_type, size, shape, weight.dtype)
     dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        weight.packed.view(-1, 1), scales, weight.block_size, weight.quant_type, weight.shape, weight.dtype
+        weight.packed.view(-1, 1), scales, size, weight.quant_type, shape, weight.dtype
     )
     return dense
 
 
 @dataclass(frozen=True, slots=True)
 class FourBitLinear:
-    """y = x Wᵀ + bias for W of several weights, one on the other, each quantized on its own (q, k, v; gate, up)."""
+    """y = x Wᵀ + bias for W of several weights, one on the other, each quantized on its own (q, k, v; gate, up):
+    dequantized at every call."""
 
     weights: tuple[QuantizedWeight, ...]
     bias: Tensor | None
@@ -106,7 +133,26 @@ class FourBitLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, in] → [n, out], accumulated in float32."""
         out = torch.cat([F.linear(x, dequantize(weight)) for weight in self.weights], dim=1)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out.add_(self.bias)
+
+    def dense(self) -> Tensor:
+        """The weights dequantized, [out, in]."""
+        return torch.cat([dequantize(weight) for weight in self.weights])
+
+    def write(self, weight: Tensor) -> None:
+        """Hold another weight [out, in] from now on, quantized as this one is; in place."""
+        for mine, new in zip(self.weights, quantize_like(weight, self.weights), strict=True):
+            mine.copy_(new)
+
+    def save(self) -> tuple[Tensor, ...]:
+        """All bits of the weights, in host memory."""
+        return tuple(tensor.to("cpu", copy=True) for weight in self.weights for tensor in weight.tensors())
+
+    def restore(self, saved: tuple[Tensor, ...]) -> None:
+        """Hold what `save` gave, in place."""
+        mine = [tensor for weight in self.weights for tensor in weight.tensors()]
+        for tensor, original in zip(mine, saved, strict=True):
+            tensor.copy_(original)
 
     @property
     def num_bytes(self) -> int:
@@ -114,6 +160,10 @@ class FourBitLinear:
         return sum(weight.num_bytes for weight in self.weights) + bias
 
 
-def pack_four_bit(weights: Sequence[QuantizedWeight], bias: Tensor | None = None) -> FourBitLinear:
+def pack_four_bit(weights: Sequence[QuantizedWeight], bias: Tensor | None = None) -> Linear:
     """Prepare weights [out_i, in] of one fused layer (and its bias [sum(out_i)]) for the device they are on."""
+    from server.kernels import four_bit_cpu
+
+    if four_bit_cpu.supports(weights):
+        return four_bit_cpu.pack(weights, bias)
     return FourBitLinear(tuple(weights), bias, sum(weight.shape[0] for weight in weights))

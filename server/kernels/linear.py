@@ -1,10 +1,43 @@
 """A linear layer whose weight is laid out once, at load, for the device it runs on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Linear(Protocol):
+    """y = x Wᵀ + bias, in whatever format W [out, in] lies. What changes W does so in place, for CUDA graphs' sake."""
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [n, in] → [n, out], accumulated in float32."""
+        ...
+
+    def dense(self) -> Tensor:
+        """The values [out, in] of W."""
+        ...
+
+    def write(self, weight: Tensor) -> None:
+        """Hold these values, as nearly as the format can."""
+        ...
+
+    def save(self) -> tuple[Tensor, ...]:
+        """All bits of W, in host memory."""
+        ...
+
+    def restore(self, saved: tuple[Tensor, ...]) -> None:
+        """Hold what `save` gave."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +56,77 @@ class PackedLinear:
             return out
         return F.linear(x, self.weight, self.bias)
 
+    def dense(self) -> Tensor:
+        """The weight [out, in] in its plain layout; where it lies so, itself."""
+        return self.weight.to_dense() if self.blocked else self.weight
+
+    def write(self, weight: Tensor) -> None:
+        """Hold another weight [out, in] from now on, rounded to this one's dtype. In place: a graph that has captured
+        this layer computes with it."""
+        rounded = weight.to(self.weight.dtype)
+        if self.blocked:
+            self.weight.data = torch.ops.mkldnn._reorder_linear_weight(rounded, None)
+        else:
+            self.weight.copy_(rounded)
+
+    def save(self) -> tuple[Tensor, ...]:
+        """All bits of the weight, in host memory."""
+        return (self.dense().to("cpu", copy=True),)
+
+    def restore(self, saved: tuple[Tensor, ...]) -> None:
+        """Hold what `save` gave, in place."""
+        self.write(saved[0].to(self.weight.device))
+
     @property
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return self.weight.numel() * self.weight.element_size() + bias
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """One layer of several of different formats, whose outputs are concatenated."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [n, in] → [n, out]."""
+        return torch.cat([part(x) for part in self.parts], dim=1)
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(part.num_bytes for part in self.parts)
+
+    def dense(self) -> Tensor:
+        """The weights [out, in], one on the other."""
+        return torch.cat([part.dense() for part in self.parts])
+
+    def write(self, weight: Tensor) -> None:
+        """Hold another weight [out, in] from now on."""
+        pieces = weight.split([part.out_features for part in self.parts])
+        for part, piece in zip(self.parts, pieces, strict=True):
+            part.write(piece)
+
+    def save(self) -> tuple[Tensor, ...]:
+        """All bits of the weights, in host memory: where each part's end, and those."""
+        saved = [part.save() for part in self.parts]
+        ends = torch.tensor([0, *(len(tensors) for tensors in saved)]).cumsum(0)
+        return (ends, *(tensor for tensors in saved for tensor in tensors))
+
+    def restore(self, saved: tuple[Tensor, ...]) -> None:
+        """Hold what `save` gave, in place."""
+        ends, tensors = saved[0].tolist(), saved[1:]
+        for part, (start, stop) in zip(self.parts, pairwise(ends), strict=True):
+            part.restore(tensors[start:stop])
+
+
+def side_by_side(parts: Sequence[Linear]) -> Linear:
+    """The parts as one layer."""
+    return parts[0] if len(parts) == 1 else SideBySide(tuple(parts))
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
