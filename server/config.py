@@ -12,12 +12,21 @@ class EngineConfig:
     so how long a long prompt can hold up the others; `max_waiting` bounds the queue. `adapter_cache_bytes` are for
     adapters on the device, `host_adapter_bytes` (0: none) for those that leave it, ready to come back without a file.
     `canary` compares each adapter, when it first comes, with a plain computation from its files.
+    `quantization` is how to hold the base's linear layers: None as the checkpoint has them, "none" likewise (and it
+    must not be quantized), "nf4" or "fp4": in blocks of `quantization_block` weights, whose absmax are quantized too
+    with `double_quantization`, and without the modules `keep_16bit`.
+    `compensates_merged`: while an adapter is merged into the base, requests for others are served, by taking it off
+    again in a low-rank term, rather than refused.
     """
 
     base_path: str
     base_digest: str
     device: str = "cpu"
     dtype: str = "auto"
+    quantization: str | None = None
+    quantization_block: int = 64
+    double_quantization: bool = True
+    keep_16bit: tuple[str, ...] = ("lm_head",)
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_batch_tokens: int | None = None
@@ -27,6 +36,7 @@ class EngineConfig:
     adapter_cache_bytes: int | None = None
     host_adapter_bytes: int | None = None
     canary: bool = True
+    compensates_merged: bool = False
     prefix_caching: bool = True
     num_threads: int | None = None
 

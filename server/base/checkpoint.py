@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.base.cache import write_whole
+from server.base.origin import read_origin
 from server.base.spec import ModelSpec
 from server.errors import BaseModelError
 
@@ -61,9 +62,13 @@ def checkpoint_digest(spec: ModelSpec, files: tuple[Path, ...], cache: Path, pro
     """Return `sha256:…` over the spec and every weight file's own sha256, in the order of their names.
 
     The same weights under the same settings give the same digest wherever they lie, and whatever else
-    config.json says. Hashes are kept under `cache`, so a file is read again only when it has changed.
+    config.json says; a checkpoint that `lorikeet quantize` wrote has the digest of the base it was made from.
+    Hashes are kept under `cache`, so a file is read again only when it has changed.
     """
-    content = {"spec": asdict(spec), "weights": [_file_sha256(file, cache, progress) for file in files]}
+    weights = [_file_sha256(file, cache, progress) for file in files]
+    if (origin := read_origin(files[0].parent, weights)) is not None:
+        return origin.digest
+    content = {"spec": asdict(spec), "weights": weights}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

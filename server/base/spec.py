@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from server.base.quantization import stored_quantization
 from server.errors import UnsupportedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -54,9 +55,7 @@ class ModelSpec:
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method", "unknown")
-            raise UnsupportedModel(f"the checkpoint is quantized ({method}); only 16- and 32-bit checkpoints load")
+        stored_quantization(config)  # refuses methods that are not supported
         if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise UnsupportedModel(f"hidden_act {act!r} is not supported; supported is silu")
         heads = config["num_attention_heads"]

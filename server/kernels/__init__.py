@@ -6,26 +6,33 @@ faster form exists for a device, the device of the tensors chooses it; a failing
 Shapes use n = tokens of the batch, h = hidden size, d = head size.
 """
 
+from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.layer import add_rms_norm, rms_norm, rope_and_store, silu_mul
-from server.kernels.linear import PackedLinear, pack_linear
+from server.kernels.linear import Linear, PackedLinear, pack_linear, side_by_side
 from server.kernels.memory import reserve
 from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import rope_table
 from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
 
 __all__ = [
+    "Linear",
     "PackedLinear",
+    "QuantizedWeight",
     "RowRun",
     "add_rms_norm",
+    "dequantize",
     "head_rows",
     "lora_decode",
     "lora_segment",
+    "pack_four_bit",
     "pack_linear",
     "paged_decode_attention",
     "prefill_attention",
+    "quantize",
     "reserve",
     "rms_norm",
     "rope_and_store",
     "rope_table",
+    "side_by_side",
     "silu_mul",
 ]

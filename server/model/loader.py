@@ -1,17 +1,19 @@
 """Weights from safetensors files into the layout of the forward pass, one layer at a time."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from server.base.quantization import HEAD, Quantization
 from server.base.spec import ModelSpec
 from server.errors import BaseModelError
-from server.kernels import PackedLinear, pack_linear
+from server.kernels import Linear, QuantizedWeight, pack_four_bit, pack_linear, quantize, side_by_side
 from server.model.transformer import LayerWeights, ModelWeights
+from server.quantization.stored import STATE, read_quantized, stored_quant_type
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -29,8 +31,8 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in the wanted dtype on the device. Raises BaseModelError when absent or of another shape."""
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it is stored, on the device. Raises BaseModelError when it is absent."""
         if name not in self._files:
             raise BaseModelError(f"{self._directory}: the checkpoint has no tensor {name}")
         path = self._files[name]
@@ -40,38 +42,92 @@ class Checkpoint:
             tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BaseModelError(f"{self._directory / path}: {error}") from error
+        return tensor
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor in the wanted dtype on the device. Raises BaseModelError when absent or of another shape."""
+        tensor = self.stored(name)
+        path = self._directory / self._files[name]
+        if tensor.dtype is torch.uint8:
+            raise BaseModelError(f"{path}: {name} is quantized, but its {STATE}* is missing")
         if tuple(tensor.shape) != shape:
-            raise BaseModelError(
-                f"{self._directory / path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}"
-            )
+            raise BaseModelError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
         return tensor.to(self._dtype)
 
+    def linear(self, shapes: Mapping[str, tuple[int, int]], bias: bool, quantization: Quantization | None) -> Linear:
+        """The modules `shapes` (path → [out, in]) as one layer. What is stored in 4 bits stays so; `quantization`
+        quantizes the others, but those that it keeps. Raises BaseModelError naming the tensor at fault."""
+        formats: list[tuple[bool, list[str]]] = []  # neighbours of one format are one product
+        for path in shapes:
+            quantized = self._is_quantized(path, quantization)
+            if not formats or formats[-1][0] != quantized:
+                formats.append((quantized, []))
+            formats[-1][1].append(path)
+        parts: list[Linear] = []
+        for quantized, paths in formats:
+            biases = [self.tensor(f"{path}.bias", shapes[path][:1]) for path in paths] if bias else None
+            joined = None if biases is None else torch.cat(biases)
+            if quantized:
+                parts.append(
+                    pack_four_bit([self._quantized(path, shapes[path], quantization) for path in paths], joined)
+                )
+            else:
+                weights = [self.tensor(f"{path}.weight", shapes[path]) for path in paths]
+                parts.append(pack_linear(torch.cat(weights), joined))
+        return side_by_side(parts)
 
-def load_weights(directory: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> ModelWeights:
-    """Read a base model. Raises BaseModelError naming the file and tensor that is missing or does not fit."""
+    def _is_quantized(self, path: str, quantization: Quantization | None) -> bool:
+        if stored_quant_type(self._files, path) is not None:
+            return True
+        return quantization is not None and not quantization.keeps(path)
+
+    def _quantized(self, path: str, shape: tuple[int, int], quantization: Quantization | None) -> QuantizedWeight:
+        if (quant_type := stored_quant_type(self._files, path)) is not None:
+            return read_quantized(lambda name: self.stored(name).clone(), path, quant_type, shape, self._dtype)
+        assert quantization is not None, f"{path} is not to be quantized"
+        weight = self.tensor(f"{path}.weight", shape)
+        if weight.numel() % 2:
+            raise BaseModelError(f"{path}.weight: {list(shape)} is an odd number of weights, which 4 bits cannot hold")
+        return quantize(weight, quantization.quant_type, quantization.block_size, quantization.double)
+
+
+def load_weights(
+    directory: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None = None,
+) -> ModelWeights:
+    """Read a base model, and quantize it on the way: no more than one layer is on the device unquantized.
+
+    Raises BaseModelError naming the file and tensor that is missing or does not fit, ConfigError for what
+    `quantization` keeps and the model has not.
+    """
     checkpoint = Checkpoint(directory, dtype, device)
     hidden, vocab = spec.hidden_size, spec.vocab_size
-    embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
-    head = embedding if spec.tied_embeddings else checkpoint.tensor("lm_head.weight", (vocab, hidden))
+    if quantization is not None:
+        quantization.check_keep([*spec.linears(), HEAD])
+    # A copy: the mapped file would otherwise stay the embedding's storage.
+    embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden)).clone()
     return ModelWeights(
-        # A copy where the head is repacked: the mapped file would otherwise stay the embedding's storage.
-        embedding=embedding.clone(),
-        layers=tuple(_load_layer(checkpoint, spec, index) for index in range(spec.num_layers)),
+        embedding=embedding,
+        layers=tuple(_load_layer(checkpoint, spec, index, quantization) for index in range(spec.num_layers)),
         norm=checkpoint.tensor("model.norm.weight", (hidden,)).clone(),
-        head=pack_linear(head),
+        head=(
+            pack_linear(embedding)
+            if spec.tied_embeddings
+            else checkpoint.linear({HEAD: (vocab, hidden)}, False, quantization)
+        ),
     )
 
 
-def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int) -> LayerWeights:
+def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, quantization: Quantization | None) -> LayerWeights:
     prefix = f"model.layers.{index}"
     shapes = spec.linears()
 
-    def linear(names: Iterable[str], bias: bool) -> PackedLinear:
+    def linear(names: Iterable[str], bias: bool) -> Linear:
         paths = [f"{prefix}.{name}" for name in names]
-        weight = torch.cat([checkpoint.tensor(f"{path}.weight", shapes[path]) for path in paths])
-        if not bias:
-            return pack_linear(weight)
-        return pack_linear(weight, torch.cat([checkpoint.tensor(f"{path}.bias", shapes[path][:1]) for path in paths]))
+        return checkpoint.linear({path: shapes[path] for path in paths}, bias, quantization)
 
     def norm(name: str, size: int) -> Tensor:
         return checkpoint.tensor(f"{prefix}.{name}.weight", (size,)).clone()

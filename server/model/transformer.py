@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.kernels import PackedLinear, add_rms_norm, rms_norm, rope_and_store, rope_table, silu_mul
+from server.kernels import Linear, PackedLinear, add_rms_norm, rms_norm, rope_and_store, rope_table, silu_mul
 from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
@@ -17,12 +17,12 @@ class LayerWeights:
     """One decoder layer; q/k/v and gate/up are one product each. Norms are [h], those of query and key heads [d]."""
 
     input_norm: Tensor
-    qkv: PackedLinear
+    qkv: Linear
     qk_norms: tuple[Tensor, Tensor] | None
-    o: PackedLinear
+    o: Linear
     post_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class ModelWeights:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: PackedLinear
+    head: Linear
 
     @property
     def num_bytes(self) -> int:
         total = _tensor_bytes(self.embedding) + _tensor_bytes(self.norm)
-        if self.head.weight is not self.embedding:
+        if not (isinstance(self.head, PackedLinear) and self.head.weight is self.embedding):  # tied
             total += self.head.num_bytes
         for layer in self.layers:
             total += sum(p.num_bytes for p in (layer.qkv, layer.o, layer.gate_up, layer.down))
@@ -46,7 +46,7 @@ class ModelWeights:
 
 
 class Transformer:
-    """The base model: weights that never change, and a forward pass that is given everything else."""
+    """The base model: weights that only a merge changes, and a forward pass that is given everything else."""
 
     def __init__(self, spec: ModelSpec, weights: ModelWeights, max_position: int) -> None:
         self.spec = spec
@@ -88,7 +88,7 @@ class Transformer:
         return _linear(layer.o, attended.flatten(1), batch.lora, "o", index)
 
 
-def _linear(weight: PackedLinear, x: Tensor, lora: LowRankTerm | None, group: str, layer: int) -> Tensor:
+def _linear(weight: Linear, x: Tensor, lora: LowRankTerm | None, group: str, layer: int) -> Tensor:
     y = weight(x)
     if lora is not None:
         lora.add(y, x, group, layer)
