@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from server.base.quantization import stored_quantization, wanted_quantization
 from server.base.spec import ModelSpec
 from server.config import EngineConfig
 from server.engine.adapter_cache import NUM_WORKERS, AdapterCache
@@ -50,8 +51,12 @@ def build_engine(
     raw = _read_config(directory)
     spec = ModelSpec.from_config(raw)
     dtype = resolve_dtype(config.dtype, spec)
-    progress(f"loading {directory.name} in {_name(dtype)} on {device}")
-    weights = load_weights(directory, spec, dtype, device)
+    quantization = wanted_quantization(
+        raw, config.quantization, config.quantization_block, config.double_quantization, config.keep_16bit
+    )
+    quant_type = stored_quantization(raw) if quantization is None else quantization.quant_type
+    progress(f"loading {directory.name} in {_name(dtype)}{f' and {quant_type}' if quant_type else ''} on {device}")
+    weights = load_weights(directory, spec, dtype, device, quantization)
     available = _available_bytes(device)
     pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
     num_pages = _num_pages(config, spec, dtype, device, available)
@@ -113,6 +118,7 @@ def build_engine(
     ready = Ready(
         device=str(device),
         dtype=_name(dtype),
+        quantization=quant_type or "",
         max_model_len=max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=max_batch_tokens,

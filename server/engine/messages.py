@@ -169,7 +169,8 @@ class CallProgress(msgspec.Struct, frozen=True, tag="progress"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine has loaded the base and takes sequences. Limits are in tokens, memory in bytes."""
+    """The engine has loaded the base and takes sequences. Limits are in tokens, memory in bytes; `quantization` is
+    that of the base's linear layers, "" for none."""
 
     device: str
     dtype: str
@@ -178,6 +179,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     max_batch_tokens: int
     page_size: int
     num_pages: int
+    quantization: str = ""
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True):

@@ -130,6 +130,7 @@ def server_info(
         ),
         device=ready.device,
         dtype=ready.dtype,
+        quantization=ready.quantization,
         limits=server_pb2.Limits(
             max_model_len=ready.max_model_len,
             max_num_seqs=ready.max_num_seqs,
