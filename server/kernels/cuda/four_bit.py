@@ -1,0 +1,167 @@
+"""Products with 4-bit weights, repacked once for tensor cores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
+from server.kernels.cuda.plans import RowsPlan, TilesPlan
+from server.kernels.reference.four_bit import CODES
+
+BLOCK_SIZE = 64
+GROUP = 256  # input features whose codes a warp reads at a time
+_TABLE_BYTES = 256 * 32 * 4
+
+
+@dataclass(frozen=True, slots=True)
+class RepackedWeight:
+    """W [out, in] in the order that the kernels read: tiles of 16 outputs by 64 inputs, of which lane 4 g + t of a warp
+    holds what it needs as the left operand of four products of depth 16: for outputs g and g + 8 and each product,
+    inputs 2 t, 2 t + 1, 2 t + 8 and 2 t + 9."""
+
+    codes: Tensor  # uint8 [out / 16, in / 64, 32 lanes, 16]
+    absmax: Tensor  # float32 [out / 16, in / 256, 16 outputs, 4]
+    arrivals: Tensor  # int32, zeros between launches
+    quant_type: str
+    out_features: int
+    in_features: int
+
+
+def can_repack(out_features: int, in_features: int, block_size: int) -> bool:
+    return block_size == BLOCK_SIZE and out_features % 16 == 0 and in_features % GROUP == 0
+
+
+def repack(packed: Tensor, scales: Tensor, quant_type: str, shape: tuple[int, int]) -> RepackedWeight:
+    """packed uint8 [out · in / 2], the first code of a byte in its high nibble, and scales float32 [out · in / 64]."""
+    (out, features), device = shape, packed.device
+    assert can_repack(out, features, packed.numel() * 2 // scales.numel()), f"{shape} cannot be repacked"
+    codes = packed.view(out // 16, 2, 8, features // 64, 4, 2, 4)  # tile, half, g, column of tiles, product, half, t
+    codes = codes.permute(0, 3, 2, 6, 1, 4, 5).reshape(out // 16, features // 64, 32, 16)
+    absmax = scales.view(out // 16, 16, features // GROUP, 4).transpose(1, 2).contiguous()
+    arrivals = torch.zeros(out // 16 * 64, dtype=torch.int32, device=device)
+    return RepackedWeight(codes.contiguous(), absmax, arrivals, quant_type, out, features)
+
+
+def code_pairs(quant_type: str, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """int32 [256], for each byte its two codes times a constant, rounded to `dtype`, the first in the low half; and by
+    what a product with them has to be multiplied. The constant is the one that makes the codes' rounding least: their
+    mean error is then half that of weights rounded one by one (NF4 in bfloat16: 0.8e-3 for 1.65e-3; FP4: none)."""
+    codes = torch.tensor(CODES[quant_type], dtype=torch.float64)
+    factors = 1 + torch.arange(4096, dtype=torch.float64)[:, None] / 4096
+    error = ((codes * factors).to(dtype).double() / factors - codes).square().sum(1)
+    factor = float(factors[error.argmin()])
+    rounded = (codes * factor).to(dtype).view(torch.int16).int() & 0xFFFF
+    byte = torch.arange(256)
+    return rounded[byte >> 4] | (rounded[byte & 15] << 16), 1 / factor
+
+
+def _check_rows(x: Tensor, weight: RepackedWeight) -> None:
+    assert x.shape[1] == weight.in_features, f"{x.shape[1]} inputs for {weight.in_features}"
+    assert x.stride(1) == 1, "x must be contiguous along its features"
+    assert x.data_ptr() % 16 == 0, "x must start at a multiple of 16 bytes"
+    assert x.stride(0) % 8 == 0, "and so must its rows"
+
+
+@cache
+def _pairs_on(quant_type: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    pairs, scale = code_pairs(quant_type, dtype)
+    return pairs.to(device), scale
+
+
+def rows_macros(plan: RowsPlan, dtype: torch.dtype) -> dict[str, int]:
+    """What the source of `four_bit_rows` is compiled with."""
+    names = {"NT": plan.row_tiles, "MT": plan.feature_tiles, "WARPS": plan.warps, "DEPTH": plan.depth}
+    return names | {"STAGES": plan.stages, "RESIDENT": plan.resident, "BF16": int(dtype is torch.bfloat16)}
+
+
+@cache
+def _rows_kernel(plan: RowsPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
+    shared = _TABLE_BYTES + plan.stages * plan.row_tiles * 8 * (2 * GROUP + 16)
+    return load("four_bit_rows.cu", "four_bit_rows", rows_macros(plan, dtype), shared, device)
+
+
+_ROWS_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2, FLOAT)
+
+
+def four_bit_rows(x: Tensor, weight: RepackedWeight, plan: RowsPlan) -> Tensor:
+    """x [n, in] of bfloat16 or float16 → y [n, out] = x Wᵀ, accumulated in float32, summed in an order that depends on
+    the shapes and the plan only."""
+    n, out = x.shape[0], weight.out_features
+    _check_rows(x, weight)
+    pairs, scale = _pairs_on(weight.quant_type, x.dtype, x.device)
+    y = torch.empty(n, out, dtype=x.dtype, device=x.device)
+    width, rows = plan.warps * plan.feature_tiles * 16, plan.row_tiles * 8
+    grid = (-(-n // rows), -(-out // width), plan.splits)
+    blocks = grid[0] * grid[1]
+    assert blocks <= weight.arrivals.numel(), "more blocks than counters"
+    assert plan.splits <= weight.in_features // GROUP, f"{plan.splits} parts of {weight.in_features} inputs"
+    partial = torch.empty(blocks * plan.splits * rows * width if plan.splits > 1 else 0, device=x.device)
+    arguments = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals, n, out // 16)
+    strides = (weight.in_features // GROUP, x.stride(0), out, scale)
+    kernel = _rows_kernel(plan, x.dtype, x.device)
+    kernel.launch(grid, plan.warps * 32, (*arguments, *strides), _ROWS_TYPES, plan.early)
+    return y
+
+
+def tiles_macros(plan: TilesPlan, dtype: torch.dtype) -> dict[str, int]:
+    """What the source of `four_bit_tiles` is compiled with."""
+    names = {"MW": plan.feature_tiles, "NW": plan.row_tiles, "GROUPS": plan.groups}
+    return names | {"BF16": int(dtype is torch.bfloat16)}
+
+
+@cache
+def _tiles_kernel(plan: TilesPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
+    shared = _TABLE_BYTES + 4 * plan.row_tiles * 128 * 128 + 1024
+    return load("four_bit_tiles.cu", "four_bit_tiles", tiles_macros(plan, dtype), shared, device)
+
+
+@cache
+def _exact_pairs_on(quant_type: str, device: torch.device) -> Tensor:
+    """float32 [256, 2]: each byte's codes."""
+    codes, byte = torch.tensor(CODES[quant_type], dtype=torch.float32), torch.arange(256)
+    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1).to(device)
+
+
+_TILES_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2)
+
+
+def four_bit_tiles(x: Tensor, weight: RepackedWeight, plan: TilesPlan) -> Tensor:
+    """As `four_bit_rows`, with weights as `four_bit_dense` makes them."""
+    n, out = x.shape[0], weight.out_features
+    _check_rows(x, weight)
+    y = torch.empty(n, out, dtype=x.dtype, device=x.device)
+    width, rows = plan.groups * plan.feature_tiles * 64, plan.row_tiles * 128
+    grid = (-(-n // rows), -(-out // width), plan.splits)
+    blocks = grid[0] * grid[1]
+    assert blocks <= weight.arrivals.numel(), "more blocks than counters"
+    partial = torch.empty(blocks * plan.splits * rows * width if plan.splits > 1 else 0, device=x.device)
+    pairs = _exact_pairs_on(weight.quant_type, x.device)
+    arguments = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals, n, out // 16)
+    kernel = _tiles_kernel(plan, x.dtype, x.device)
+    strides = (weight.in_features // 64, x.stride(0), out)
+    kernel.launch(grid, plan.groups * 128, (*arguments, *strides), _TILES_TYPES, plan.early)
+    return y
+
+
+@cache
+def _dense_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
+    shared = _TABLE_BYTES + 8 * 16 * (128 + 16)
+    return load("four_bit_dense.cu", "four_bit_dense", {"BF16": int(dtype is torch.bfloat16)}, shared, device)
+
+
+_DENSE_TYPES: Sequence[type] = (*[POINTER] * 4, *[INT] * 2)
+
+
+def four_bit_dense(weight: RepackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weight [out, in] in 16 bits: code times absmax in float32, rounded once, as bitsandbytes has it."""
+    device = weight.codes.device
+    if out is None:
+        out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=device)
+    tiles, columns = weight.out_features // 16, weight.in_features // 64
+    blocks = min(-(-tiles * columns // 8), 4 * torch.cuda.get_device_properties(device).multi_processor_count)
+    arguments = (weight.codes, weight.absmax, _exact_pairs_on(weight.quant_type, device), out, tiles, columns)
+    _dense_kernel(dtype, device).launch((blocks, 1, 1), 256, arguments, _DENSE_TYPES, False)
+    return out

@@ -1,0 +1,116 @@
+"""Compile a CUDA C++ source with NVRTC, load it, launch its kernel. No nvcc, no headers, no torch extension."""
+
+from collections.abc import Mapping, Sequence
+from ctypes import c_float, c_int, c_longlong, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Argument = Tensor | int | float
+
+
+@cache
+def is_available() -> bool:
+    """Whether kernels can be compiled and launched here; torch's CUDA wheels bring what it takes."""
+    return torch.cuda.is_available() and find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel, which may use `shared_bytes` of dynamic shared memory."""
+
+    function: Any
+    shared_bytes: int
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        arguments: Sequence[Argument],
+        types: Sequence[type],
+        early: bool,
+    ) -> None:
+        """Enqueue on torch's current stream. `types` are ctypes', one an argument; a tensor goes as its address.
+        `early`: before what precedes it has ended (the kernel waits, by `griddepcontrol.wait`)."""
+        driver = _bindings("driver")
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self.shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        attributes = [_early_attribute()] if early else []
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        _check(driver.cuLaunchKernelEx(config, self.function, (values, tuple(types)), 0))
+
+
+POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_longlong, c_float
+
+
+def load(source: str, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device) -> Kernel:
+    """The kernel `name` of file `source` (beside this one), compiled for `device`."""
+    driver = _bindings("driver")
+    torch.cuda.init()
+    with torch.cuda.device(device):
+        torch.empty(1, device=device)  # makes the device's context current
+        major, minor = torch.cuda.get_device_capability(device)
+        suffix = "a" if (major, minor) >= (9, 0) else ""
+        binary = compile_source(source, macros, f"sm_{major}{minor}{suffix}")
+        library = _check(driver.cuModuleLoadData(binary))
+        function = _check(driver.cuModuleGetFunction(library, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+    return Kernel(function, shared_bytes)
+
+
+def compile_source(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
+    """The machine code of file `source` for an architecture (`sm_90a`)."""
+    nvrtc = _bindings("nvrtc")
+    folder = Path(__file__).parent
+    headers = [path.read_bytes() for path in sorted(folder.glob("*.cuh"))]
+    names = [path.name.encode() for path in sorted(folder.glob("*.cuh"))]
+    text = (folder / source).read_bytes()
+    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), len(headers), headers, names))
+    options = [
+        f"--gpu-architecture={architecture}",
+        "--std=c++17",
+        *(f"-D{key}={value}" for key, value in macros.items()),
+    ]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise AssertionError(f"{source} does not compile: {log.decode()}")
+    binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
+    _check(nvrtc.nvrtcGetCUBIN(program, binary))
+    _check(nvrtc.nvrtcDestroyProgram(program))
+    return binary
+
+
+@cache
+def _early_attribute() -> Any:
+    driver = _bindings("driver")
+    value = driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    return attribute
+
+
+def _bindings(name: str) -> Any:
+    """Module `name` of cuda.bindings, which has no types, and need not be there where nothing is launched."""
+    return import_module(f"cuda.bindings.{name}")
+
+
+def _check(answer: tuple[Any, ...]) -> Any:
+    """What a call of cuda.bindings returned beside its status, which must be success."""
+    status, *values = answer
+    assert int(status) == 0, f"CUDA: {status!r}"
+    return values[0] if len(values) == 1 else tuple(values)
