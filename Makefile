@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo serve test lint check proto bench churn install
+.PHONY: demo serve test lint check proto bench churn loadtest install
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed
@@ -39,6 +39,10 @@ bench: $(VENV)/.installed
 # Clients on adapters that change under their feet, every answer compared with PEFT's; some minutes.
 churn: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks.churn $(ARGS)
+
+# A short load on a server of its own with the embedded base; ARGS="compare" for the comparison of ways to serve.
+loadtest: $(VENV)/.installed-dev
+	$(BIN)/python -m loadtest $(or $(ARGS),run)
 
 install: $(VENV)/.installed-dev
 

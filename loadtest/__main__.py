@@ -1,0 +1,56 @@
+"""The load tests' command line; exit codes: 0 done, 1 requests failed, 2 something is wrong with what was asked."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from adapters.errors import LorikeetError
+from loadtest.compare import compare
+from loadtest.modes import MODES
+from loadtest.run import echo, run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.function(options)
+    except LorikeetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def parser() -> ArgumentParser:
+    found = ArgumentParser(prog="python -m loadtest", description="Load on a Lorikeet server, by Locust.")
+    commands = found.add_subparsers(required=True, metavar="COMMAND")
+    play = commands.add_parser("run", help="play one scenario")
+    play.add_argument("--server", metavar="HOST:PORT", help="a running server [one of its own, with random adapters]")
+    play.add_argument("--base", metavar="DIR|HUB_ID", help="the base of its own server [SmolLM2-135M-Instruct]")
+    play.add_argument("--csv", metavar="PREFIX", help="Locust's CSV files")
+    play.add_argument("options", nargs="*", help="options of its own server, after --")
+    play.set_defaults(function=run)
+    bare = commands.add_parser("echo", help="the same against a server that computes nothing")
+    bare.add_argument("--interval", type=float, default=0.0, metavar="SECONDS", help="between two tokens [0]")
+    bare.set_defaults(function=echo)
+    against = commands.add_parser("compare", help="the same scenario on every way to serve, as a report")
+    against.add_argument("--base", metavar="DIR|HUB_ID", help="the base [SmolLM2-135M-Instruct]")
+    against.add_argument("--scenario", default="compare", help="a TOML file, or a name of loadtest/scenarios [compare]")
+    against.add_argument("--modes", default=",".join(mode.name for mode in MODES), help="[%(default)s]")
+    against.add_argument("--users", default="1,4,16", help="closed loads, with commas between [%(default)s]")
+    against.add_argument("--seconds", type=int, help="of each load [the scenario's]")
+    against.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
+    against.add_argument("options", nargs="*", help="options of every server, after --")
+    against.set_defaults(function=compare)
+    for command in (play, bare):
+        command.add_argument("--scenario", default="quick", help="a TOML file, or a name of loadtest/scenarios [quick]")
+        command.add_argument("--users", type=int, help="closed load [the scenario's]")
+        command.add_argument("--rate", type=float, help="open load, requests a second [the scenario's]")
+        command.add_argument("--seconds", type=int, help="how long [the scenario's]")
+        command.add_argument("--json", metavar="FILE", help="the numbers")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

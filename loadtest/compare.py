@@ -1,0 +1,103 @@
+"""`python -m loadtest compare`: the same scenario at several loads, against a server of each mode in turn."""
+
+import json
+import shlex
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from adapters.errors import LorikeetError
+from benchmarks.live import surroundings
+from loadtest.modes import Mode, select, server_options
+from loadtest.report.html import html_report
+from loadtest.report.markdown import markdown_report
+from loadtest.run import play
+from loadtest.scenario import Scenario, read_scenario
+from loadtest.serving import Server, publish_for, serving
+from server.base.resolve import BaseModel, resolve_base
+
+
+def compare(options: Namespace) -> int:
+    """Play, then write PREFIX.json, .html and .md; 1 if any request failed or nothing could be played, else 0."""
+    scenario = read_scenario(options.scenario).at(seconds=options.seconds)
+    loads = [int(users) for users in options.users.split(",")]
+    base = resolve_base(options.base, _say)
+    known = server_options()
+    found: list[dict[str, Any]] = []
+    left_out: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        store = publish_for(scenario, base, Path(scratch))
+        for mode in select(options.modes):
+            if missing := mode.missing(known):
+                left_out.append(_left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
+                continue
+            try:
+                found.append(measure(mode, scenario, base, store, loads, options.options))
+            except LorikeetError as error:
+                left_out.append(_left_out(mode, error.message))
+    report = {
+        "scenario": msgspec.to_builtins(scenario),
+        "base": base.name,
+        "environment": surroundings(),
+        "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
+        "modes": found,
+        "left_out": left_out,
+    }
+    prefix = Path(options.output)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (
+        (".json", json.dumps(report, indent=1) + "\n"),
+        (".html", html_report(report)),
+        (".md", markdown_report(report)),
+    ):
+        prefix.with_name(prefix.name + suffix).write_text(text)
+    print(markdown_report(report))
+    return int(not found or any(load["failures"] for mode in found for load in mode["loads"]))
+
+
+def measure(
+    mode: Mode, scenario: Scenario, base: BaseModel, store: Path, loads: Sequence[int], options: Sequence[str]
+) -> dict[str, Any]:
+    """One server, each load after the other. Raises LoadTestFailed when the server refuses to start so."""
+    played = mode.scenario(scenario)
+    results = []
+    with serving(base, store, *mode.options_for("a0000"), *options) as server:
+        warm = msgspec.structs.replace(played.at(users=1, seconds=2), warmup=0.0)
+        play(warm, server.address, mode=mode.name)  # what a first request compiles and loads is not a load's cost
+        for users in loads:
+            _say(f"{mode.title}: {users} users for {scenario.seconds} s")
+            measured = dict(play(played.at(users=users), server.address, mode=mode.name))
+            del measured["scenario"], measured["adapters"]
+            results.append(measured | {"memory_bytes": server.memory()})
+        device = _engine(server)
+    return {
+        "name": mode.name,
+        "title": mode.title,
+        "bits": mode.bits,
+        "use": mode.use,
+        "command": server.command,
+        **device,
+        "loads": results,
+    }
+
+
+def _engine(server: Server) -> dict[str, str]:
+    """What the engine runs on."""
+    for sample in server.samples():
+        if sample.name == "lorikeet_engine_info":
+            return dict(sample.labels)
+    return {}
+
+
+def _left_out(mode: Mode, why: str) -> dict[str, str]:
+    _say(f"{mode.title}: left out: {why}")
+    return {"name": mode.name, "title": mode.title, "why": why}
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

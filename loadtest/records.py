@@ -1,0 +1,90 @@
+"""What was measured of requests, and what many of them say together. Times are seconds of one monotonic clock."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99)
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. `due` is when it should have begun: in an open load a late client's lateness counts. `arrivals` are
+    (time, tokens) of each message with tokens; `code` is the gRPC status, `reason` the error's."""
+
+    adapter: str
+    due: float
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    ended: float = 0.0
+    code: str = "OK"
+    reason: str = ""
+
+    @property
+    def is_ok(self) -> bool:
+        return self.code == "OK"
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(count for _, count in self.arrivals)
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        return self.arrivals[0][0] - self.due if self.arrivals else None
+
+    @property
+    def per_token_seconds(self) -> float | None:
+        """Mean over the tokens after the first message; None without any."""
+        if len(self.arrivals) < 2:
+            return None
+        (began, first), (ended, _) = self.arrivals[0], self.arrivals[-1]
+        return (ended - began) / (self.num_tokens - first)
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.due
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, object]:
+    """Of the requests that ended between `begin` and `end` their latencies, of all the tokens that came in between.
+    Seconds, and tokens or requests per second."""
+    records = list(records)
+    ended = [record for record in records if begin <= record.ended <= end]
+    good = [record for record in ended if record.is_ok]
+    failed = [record for record in ended if not record.is_ok]
+    tokens = sum(count for record in records for when, count in record.arrivals if begin < when <= end)
+    adapters: dict[str, list[Record]] = {}
+    for record in good:
+        adapters.setdefault(record.adapter, []).append(record)
+    return {
+        "seconds": round(end - begin, 3),
+        "requests": len(good),
+        "requests_per_second": round(len(good) / (end - begin), 3),
+        "output_tokens_per_second": round(tokens / (end - begin), 2),
+        **latencies(good),
+        "failures": dict(Counter(f"{record.code} {record.reason}".strip() for record in failed)),
+        "failed_seconds": quantiles([record.seconds for record in failed]),
+        "adapters": {name or "base": {"requests": len(found), **latencies(found)} for name, found in adapters.items()},
+    }
+
+
+def latencies(records: Sequence[Record]) -> dict[str, object]:
+    first = [seconds for record in records if (seconds := record.first_token_seconds) is not None]
+    per_token = [seconds for record in records if (seconds := record.per_token_seconds) is not None]
+    return {
+        "ttft_seconds": quantiles(first),
+        "tpot_seconds": quantiles(per_token),
+        "end_to_end_seconds": quantiles([record.seconds for record in records]),
+    }
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """p50, p90, … and mean; empty of nothing. The value that so large a share is not above: no interpolation."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    found = {f"p{share * 100:g}": ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in QUANTILES}
+    return {name: round(value, 6) for name, value in (found | {"mean": sum(ordered) / len(ordered)}).items()}

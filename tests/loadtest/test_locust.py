@@ -1,0 +1,100 @@
+"""Locust as it is run, against a server that computes nothing: its tables, its CSV, and our own numbers."""
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.run import echoing
+from tests.support.server_process import REPOSITORY
+
+SCENARIO = """
+seconds = 3
+warmup = 0.5
+prompt = { distribution = "fixed", tokens = 4 }
+output = { distribution = "fixed", tokens = 6 }
+"""
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[str]:
+    """Refuses every fifth request."""
+    with echoing(interval=0.002, refuse_every=5) as address:
+        yield address
+
+
+def play(folder: Path, tables: str, *options: str) -> tuple[int, dict[str, Any]]:
+    """`python -m loadtest run`; its exit code and JSON."""
+    scenario = folder / "scenario.toml"
+    scenario.write_text(SCENARIO + tables)
+    command = [sys.executable, "-m", "loadtest", "run", "--scenario", str(scenario), "--json", str(folder / "out")]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False
+    )
+    assert (folder / "out").exists(), done.stdout + done.stderr
+    return done.returncode, json.loads((folder / "out").read_text())
+
+
+def rows(file: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """(type, name) → row of one of Locust's CSV files."""
+    with file.open() as text:
+        return {(row["Type"], row["Name"]): row for row in csv.DictReader(text)}
+
+
+def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: str) -> None:
+    tables = '[adapters]\npopularity = "mixed"\ncount = 2\n[arrivals]\nkind = "closed"\nusers = 3\n'
+    tables += "[swap]\nevery = 0.3\n"
+    code, found = play(tmp_path, tables, "--server", echo, "--csv", str(tmp_path / "locust"))
+    assert code == 1, "some requests failed"
+    table = rows(tmp_path / "locust_stats.csv")
+    for name in ("base", "a0000", "a0001"):
+        whole = table["end to end ms", name]
+        for kind in ("TTFT ms", "TPOT ms", "tokens/s"):
+            told = int(table[kind, name]["Request Count"])
+            assert told == int(whole["Request Count"]) - int(whole["Failure Count"]) > 0, (kind, name)
+    assert any(kind == "swap ms" for kind, _ in table)
+    with (tmp_path / "locust_failures.csv").open() as text:
+        failures = {(row["Method"], row["Error"]) for row in csv.DictReader(text)}
+    assert {kind for kind, _ in failures} == {"end to end ms"}
+    assert all("RESOURCE_EXHAUSTED SERVER_BUSY" in error for _, error in failures)
+    assert len({error for _, error in failures}) == 1, "one row for one kind of failure"
+    assert list(found["failures"]) == ["RESOURCE_EXHAUSTED SERVER_BUSY"]
+    share = found["failures"]["RESOURCE_EXHAUSTED SERVER_BUSY"] / (found["requests"] + 1)
+    assert share == pytest.approx(1 / 4, rel=0.3)
+    assert found["output_tokens_per_second"] == pytest.approx(6 * found["requests_per_second"], rel=0.2)
+    assert found["tpot_seconds"]["mean"] >= 0.0015, "the echo waits two milliseconds between tokens"
+    assert found["swaps"]["done"] > 0
+    assert found["swaps"]["failed"] == 0
+
+
+def test_an_open_load_keeps_its_rate_and_names_its_mode(tmp_path: Path, echo: str) -> None:
+    tables = '[adapters]\npopularity = "distinct"\ncount = 100\n[arrivals]\nkind = "open"\nrate = 60.0\n'
+    options = ("--server", echo, "--csv", str(tmp_path / "locust"))
+    _, found = play(tmp_path, tables, *options)
+    count = found["requests"] + sum(found["failures"].values())
+    assert 20 < count / found["seconds"] < 85, "four deviations above; a busy machine answers some too late to count"
+    table = rows(tmp_path / "locust_stats.csv")
+    assert ("TTFT ms", "_other") in table, "adapters past the first fifty share a row"
+    assert {f"a{i:04d}" for i in range(50)} == {name for _, name in table} - {"_other", "Aggregated"}
+
+
+def test_no_server_is_one_line_and_code_two(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "loadtest", "run", "--server", "127.0.0.1:1", "--seconds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False)
+    assert done.returncode == 2
+    assert "no server answers at 127.0.0.1:1: UNAVAILABLE" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: Locust ended with code 2")
+
+
+def test_too_few_adapters_are_named(tmp_path: Path, echo: str) -> None:
+    scenario = tmp_path / "many.toml"
+    scenario.write_text(SCENARIO + "[adapters]\ncount = 5000\n")
+    command = [sys.executable, "-m", "loadtest", "run", "--server", echo, "--scenario", str(scenario)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False)
+    assert done.returncode == 2
+    assert "the scenario wants 5000 adapters, the server has 1000" in done.stderr

@@ -1,0 +1,58 @@
+"""Times of one request, and what many say together."""
+
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loadtest.records import Record, quantiles, summarize
+
+
+def test_a_request_s_times() -> None:
+    record = Record("a", due=10.0, arrivals=[(10.5, 1), (10.6, 2), (11.0, 1)], ended=11.5)
+    assert record.first_token_seconds == 0.5
+    assert record.per_token_seconds == pytest.approx(0.5 / 3)
+    assert record.seconds == 1.5
+    assert record.tokens_per_second == pytest.approx(4 / 1.5)
+
+
+def test_a_request_without_tokens_has_no_time_of_them() -> None:
+    refused = Record("a", due=1.0, ended=1.25, code="RESOURCE_EXHAUSTED", reason="SERVER_BUSY")
+    assert (refused.first_token_seconds, refused.per_token_seconds) == (None, None)
+    assert Record("a", due=1.0, arrivals=[(2.0, 5)], ended=2.0).per_token_seconds is None
+
+
+def test_the_window_counts_ends_and_tokens_in_it() -> None:
+    records = [
+        Record("a", 0.0, [(0.5, 1), (0.9, 1)], 0.9),  # before
+        Record("a", 0.5, [(0.9, 1), (1.5, 3)], 1.5),  # half of it
+        Record("", 1.0, [(1.5, 1), (1.8, 1)], 2.0),
+        Record("a", 1.5, [(2.5, 1), (3.5, 9)], 3.5),  # still runs at the end
+        Record("b", 1.0, [], 1.5, "RESOURCE_EXHAUSTED", "SERVER_BUSY"),
+        Record("b", 2.0, [], 2.5, "RESOURCE_EXHAUSTED", "SERVER_BUSY"),
+        Record("b", 2.0, [], 2.75, "UNAVAILABLE"),
+    ]
+    found = summarize(records, 1.0, 3.0)
+    assert found["requests"] == 2
+    assert found["requests_per_second"] == 1.0
+    assert found["output_tokens_per_second"] == (3 + 2 + 1) / 2
+    assert found["failures"] == {"RESOURCE_EXHAUSTED SERVER_BUSY": 2, "UNAVAILABLE": 1}
+    assert found["failed_seconds"]["p50"] == 0.5  # type: ignore[index]
+    adapters = found["adapters"]
+    assert isinstance(adapters, dict)
+    assert {name: kind["requests"] for name, kind in adapters.items()} == {"a": 1, "base": 1}
+    assert adapters["base"]["ttft_seconds"]["p99"] == 0.5
+
+
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=60))
+def test_quantiles_are_values_that_so_many_are_not_above(values: list[float]) -> None:
+    found = quantiles(values)
+    for name, share in (("p50", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
+        assert any(found[name] == pytest.approx(value, abs=1e-6) for value in values)
+        assert sum(value <= found[name] + 1e-6 for value in values) >= share * len(values)
+    assert found["mean"] == pytest.approx(statistics.fmean(values), abs=1e-6)
+
+
+def test_quantiles_of_nothing_are_nothing() -> None:
+    assert quantiles([]) == {}
