@@ -24,6 +24,7 @@ from server.engine.runner import DecodeGraphs, Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.errors import BaseModelError, ConfigError
+from server.lora.pace import Pace
 from server.lora.pool import AdapterPool
 from server.lora.weights import Identity, load_adapter
 from server.model.attention import AttentionBackend, TorchAttention
@@ -34,7 +35,7 @@ from server.model.transformer import Transformer
 log = logging.getLogger(__name__)
 
 GIB = 1 << 30
-LOADER_NICENESS = 10
+LOADER_NICENESS = 19
 
 
 def build_engine(
@@ -65,7 +66,7 @@ def build_engine(
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
-    turn = threading.Lock()  # two loads that compute at once would take two cores from the step loop
+    pace = Pace()
     adapters = AdapterCache(
         pool,
         lambda adapter: load_adapter(
@@ -74,9 +75,9 @@ def build_engine(
             dtype,
             Identity(adapter.digest, config.base_digest),
             pin=device.type == "cuda",
-            turn=turn,
+            pace=pace,
         ),
-        prove=Canary(model, pool, max_model_len, turn).check if config.canary else None,
+        prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
     )
@@ -134,6 +135,7 @@ def build_engine(
         channel=channel,
         ready=ready,
         memory=memory,
+        pace=pace,
         overlap=overlap if overlap is not None else int(device.type != "cpu"),
     )
 

@@ -10,7 +10,6 @@ Compared are each projection's term on the same input, which no noise of the bas
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from adapters.patterns import Pattern, PatternCompiler, suffix_pattern
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
 from server.errors import CanaryFailed
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
+from server.lora.pace import Pace
 from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import read_tensors
 from server.model.attention import AttentionChunk, TorchAttention
@@ -51,16 +51,16 @@ TOLERANCES = {
 
 class Canary:
     """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own; what computes
-    waits for its `turn`."""
+    keeps to `pace`."""
 
     def __init__(
         self,
         model: Transformer,
         pool: AdapterPool,
         max_model_len: int,
-        turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (does nothing)
+        pace: Pace | None = None,
     ) -> None:
-        self._turn = turn
+        self._pace = pace or Pace()
         self._model = model
         self._pool = pool
         embedding = model.weights.embedding
@@ -71,16 +71,14 @@ class Canary:
     @torch.inference_mode()
     def check(self, directory: Path, ranges: Ranges) -> None:
         """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
-        with torch.cuda.stream(self._stream):  # None: no stream
-            reference = Reference.read(directory, self._device)
-            with self._turn:
-                self._compare(directory, reference, ranges)
+        with torch.cuda.stream(self._stream), self._pace:  # None: no stream
+            self._compare(directory, Reference.read(directory, self._device, self._pace), ranges)
 
     def _compare(self, directory: Path, reference: "Reference", ranges: Ranges) -> None:
         n, tolerance = self._length, TOLERANCES[self._dtype]
         served = build_lora_batch(self._pool, [], [TokenSpan(n, ranges), TokenSpan(n, None)])
         assert served is not None, "an adapter has rows"
-        both = _Both(n, self._pool, served, reference)
+        both = _Both(n, self._pool, served, reference, self._pace)
         logits = self._logits(both).float()
         faults = both.faults(tolerance.term)
         off, largest = float((logits[0] - logits[1]).abs().max()), float(logits[1].abs().max())
@@ -127,7 +125,7 @@ class Reference:
     modules: Mapping[str, _Module]
 
     @classmethod
-    def read(cls, directory: Path, device: torch.device) -> "Reference":
+    def read(cls, directory: Path, device: torch.device, pace: Pace) -> "Reference":
         """The directory has been validated by the loader; it may change, but that ends in an error."""
         with opened(directory / CONFIG_FILE) as fd:
             config = read_json(fd, CONFIG_FILE, Limits().max_config_bytes)
@@ -142,6 +140,7 @@ class Reference:
                 path = path.removeprefix(_PREFIX)
                 scaling = alpha_of(path) / (math.sqrt(rank) if config.get("use_rslora") else rank)
                 modules[path] = _Module(a.to(device).float(), b.to(device).float() * scaling)
+                pace.breathe()
         return cls(modules)
 
     def term(self, x: Tensor, paths: Sequence[str], widths: Sequence[int]) -> Tensor:
@@ -168,8 +167,9 @@ def _alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
 class _Both:
     """The low-rank terms of the two halves of a batch of 2 · n tokens: from the pool, and by reference."""
 
-    def __init__(self, n: int, pool: AdapterPool, served: LowRankTerm, reference: Reference) -> None:
+    def __init__(self, n: int, pool: AdapterPool, served: LowRankTerm, reference: Reference, pace: Pace) -> None:
         self._n = n
+        self._pace = pace
         self._served = served
         self._reference = reference
         self._smallest = torch.finfo(pool.dtype).smallest_normal
@@ -184,11 +184,13 @@ class _Both:
         self._seen[group, layer] = served[:n] - exact[:n], exact[:n], x[:n].clone()
         y[:n] += served[:n]
         y[n:] += exact[n:].to(y.dtype)
+        self._pace.breathe()
 
     def faults(self, tolerance: float) -> list[str]:
         """The projections that are off by more than `tolerance`, each with how much."""
         found: list[str] = []
         for (group, layer), (off, exact, x) in self._seen.items():
+            self._pace.breathe()
             widths = list(self._groups[group].widths)
             parts = zip(off.split(widths, dim=1), exact.split(widths, dim=1), strict=True)
             norms = torch.stack([part.norm() for pair in parts for part in pair]).tolist()

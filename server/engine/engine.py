@@ -38,6 +38,7 @@ from server.engine.runner import Runner, StepHandle
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence
 from server.errors import LoadCancelled
+from server.lora.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Engine:
         channel: Channel,
         ready: Ready,
         memory: dict[str, int],
+        pace: Pace,
         overlap: int,
     ) -> None:
         self._scheduler = scheduler
@@ -75,6 +77,7 @@ class Engine:
         self._adapters = adapters
         self._channel = channel
         self._memory = memory
+        self._pace = pace
         self._overlap = overlap
         self._in_flight: deque[tuple[Plan, StepHandle]] = deque()
         self._load_calls: defaultdict[str, list[str]] = defaultdict(list)  # digest → calls that wait for it
@@ -102,7 +105,7 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.execute(plan)))
-        self.is_busy = bool(self._in_flight)
+        self.is_busy = self._pace.is_busy = bool(self._in_flight)
         if self._in_flight and (plan is None or len(self._in_flight) > self._overlap):
             done, handle = self._in_flight.popleft()
             outputs = self._scheduler.commit(done, handle.result())

@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from adapters.content import content_digest
 from adapters.errors import InvalidAdapter
-from adapters.layout import AdapterLayout, Limits, LoraModule, read_layout
-from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, TensorEntry, opened, read_header, refuse
+from adapters.layout import AdapterLayout, LoraModule, read_layout
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, TensorEntry, opened, refuse
 from server.base.spec import ModelSpec
+from server.kernels import reserve
+from server.lora.pace import Pace
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -75,29 +77,28 @@ def load_adapter(
     dtype: torch.dtype,
     identity: Identity | None = None,
     pin: bool = False,
-    turn: AbstractContextManager[object] = nullcontext(),  # noqa: B008  (does nothing)
+    pace: Pace | None = None,
 ) -> PackedAdapter:
     """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
     UnsupportedAdapter listing the faults; also when the bytes that were read are not those of `identity`. What
-    computes waits for its `turn`; what reads does not.
-
-    Few large operations: what runs in the interpreter here holds up the step loop, what runs in torch does not.
+    computes keeps to `pace`; what waits for a disk does not.
     """
-    # Whether an adapter without effect is wanted was decided when it was published; the values are looked at below.
-    layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
+    pace = pace or Pace()
+    with pace:
+        # Whether an adapter without effect is wanted was decided when it was published; values are looked at below.
+        layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
+    entries = list(layout.tensors.values())
     with opened(directory / WEIGHTS_FILE) as fd:
-        entries = read_header(fd, Limits())
         data, header = _read_data(fd, entries), _read_header_bytes(fd, entries)
     rank = max(module.rank for module in layout.modules.values())
-    is_full = len(layout.modules) == len(spec.linears()) and all(m.rank == rank for m in layout.modules.values())
-    with turn:
-        digest = _digest(identity.base_digest, directory, header, data) if identity is not None else None
-        tensors = _as_tensors(data, entries)
+    with pace, ThreadPoolExecutor(1, "adapter-hasher") as beside:
+        hashing = (
+            beside.submit(_digest, identity.base_digest, directory, header, data) if identity is not None else None
+        )
         flat, packed = _allocate(spec, rank, dtype, pin)
-        if not is_full:
-            flat.zero_()
-        _fill(packed, spec, layout, tensors)
+        _fill(packed, spec, layout, _as_tensors(data, entries), pace)
         low, high = torch.aminmax(flat)  # NaN shows in both
+        digest = hashing.result() if hashing is not None else None
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise _not_finite(directory, spec, packed, dtype)
     if identity is not None and digest != identity.digest:  # last: other faults say more
@@ -117,7 +118,8 @@ def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
 def _read_data(fd: int, entries: Sequence[TensorEntry]) -> Tensor:
     """All bytes after the header."""
     first = entries[0].start if entries else 0
-    data = torch.empty(entries[-1].stop - first if entries else 0, dtype=torch.uint8)
+    size = entries[-1].stop - first if entries else 0
+    data = reserve((size,), torch.uint8, torch.device("cpu"), is_sparse=False)
     _read_into(fd, data.numpy().data, first, entries)
     return data
 
@@ -157,11 +159,14 @@ def _digest(base_digest: str, directory: Path, header: bytes, data: Tensor) -> s
 
 
 def _allocate(spec: ModelSpec, rank: int, dtype: torch.dtype, pin: bool) -> tuple[Tensor, PackedAdapter]:
-    """All of an adapter's memory as one tensor, not yet written, and the parts of it."""
+    """All of an adapter's memory as one tensor of zeros, and the parts of it."""
     groups = linear_groups(spec)
     rows = spec.num_layers * rank
     sizes = [rows * width for g in groups for width in (len(g.modules) * g.in_features, *g.widths)]
-    flat = torch.empty(sum(sizes), dtype=dtype, pin_memory=pin)
+    if pin:
+        flat = torch.zeros(sum(sizes), dtype=dtype, pin_memory=True)
+    else:
+        flat = reserve((sum(sizes),), dtype, torch.device("cpu"), is_sparse=False)
     parts = iter(flat.split(sizes))
     a: dict[str, Tensor] = {}
     b: dict[str, tuple[Tensor, ...]] = {}
@@ -171,29 +176,30 @@ def _allocate(spec: ModelSpec, rank: int, dtype: torch.dtype, pin: bool) -> tupl
     return flat, PackedAdapter(rank, a, b)
 
 
-def _fill(packed: PackedAdapter, spec: ModelSpec, layout: AdapterLayout, tensors: Mapping[str, Tensor]) -> None:
-    """Copy every module's A [r, in] and scaled B [out, r] into rows [:r] of its a [rank, in] and b [rank, out]."""
-    scaled: list[Tensor] = []
-    scalings: list[float] = []
-    sources: list[Tensor] = []
-    targets: list[Tensor] = []
+def _fill(
+    packed: PackedAdapter, spec: ModelSpec, layout: AdapterLayout, tensors: Mapping[str, Tensor], pace: Pace
+) -> None:
+    """Copy every module's A [r, in] and scaled B [out, r] into rows [:r] of its a [rank, in] and b [rank, out]. The
+    file's tensors stay as they are: they may still be being hashed."""
     for group in linear_groups(spec):
         for s, name in enumerate(group.modules):
             rows_a, rows_b = packed.a[group.name][:, :, s].unbind(0), packed.b[group.name][s].unbind(0)
+            from_a, from_b, to_a, to_b, scalings = [], [], [], [], []
             for layer, (a, b) in enumerate(zip(rows_a, rows_b, strict=True)):
                 module = layout.modules.get(f"model.layers.{layer}.{name}")
                 if module is None:
                     continue
                 rank = module.rank
-                file_a = _tensor(tensors, module.a_key, (rank, a.shape[1]))
+                from_a.append(_tensor(tensors, module.a_key, (rank, a.shape[1])))
                 # Scaled in float32, or in the dtype that it stays in: rounded once.
-                file_b = _tensor(tensors, module.b_key, (b.shape[1], rank)).to(_scaling_dtype(tensors, module, b))
-                scaled.append(file_b)
+                file_b = _tensor(tensors, module.b_key, (b.shape[1], rank)).t()
+                from_b.append(file_b.to(_scaling_dtype(tensors, module, b)))
+                to_a.append(a if rank == packed.rank else a[:rank])
+                to_b.append(b if rank == packed.rank else b[:rank])
                 scalings.append(module.scaling)
-                sources += (file_a, file_b.t())
-                targets += (a, b) if rank == packed.rank else (a[:rank], b[:rank])
-    torch._foreach_mul_(scaled, scalings)
-    torch._foreach_copy_(targets, sources)
+            if from_a:
+                torch._foreach_copy_(to_a + to_b, from_a + list(torch._foreach_mul(from_b, scalings)))
+            pace.breathe()
 
 
 def _scaling_dtype(tensors: Mapping[str, Tensor], module: LoraModule, target: Tensor) -> torch.dtype:
