@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels.triton.gemv_plans import gemv_plan
+
 
 class Linear(Protocol):
     """y = x Wᵀ + bias, in whatever format W [out, in] lies. What changes W does so in place, for CUDA graphs' sake."""
@@ -54,6 +56,11 @@ class PackedLinear:
         if self.blocked:
             out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return out
+        plan = gemv_plan(len(x), self.weight)
+        if plan is not None:
+            from server.kernels.triton.gemv import gemv
+
+            return gemv(x, self.weight, self.bias, plan)
         return F.linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
