@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -14,19 +14,45 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What an adapter scored through the server's own forward pass before it was published. Losses are nats a learned
+    token: `loss` as served, `trainer_loss` by the trainer's forward pass on the same base, `base_loss` without the
+    adapter, `quantized_loss` on the base in the format it had while training, where that is another.
+
+    `rows_digest` is of the file of the rows, of which the first `num_rows` were scored; `held_out` whether they were
+    kept from training. `exact_match` is the share of answers that were the expected text, None where none were made.
+    """
+
+    rows_digest: str
+    held_out: bool
+    num_rows: int
+    num_tokens: int
+    loss: float
+    trainer_loss: float
+    base_loss: float
+    quantized_loss: float | None = None
+    exact_match: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingInfo:
     """How the adapter came to be. `method` as the trainer names it ("lora", "qlora"); `base_quantization` the format
-    the base had while training ("nf4"), None for none."""
+    the base had while training ("nf4"), None for none. Digests ("sha256:…") are of the training rows' file, of
+    tokenizer.json and of the chat template's text; None where nobody said."""
 
     method: str
     base_quantization: str | None = None
     hyperparameters: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: str = ""
+    data_digest: str | None = None
+    tokenizer_digest: str | None = None
+    template_digest: str | None = None
+    scores: Scores | None = None
 
     def not_finite(self) -> list[str]:
-        """The metrics and hyper-parameters that JSON cannot hold: NaN and infinity."""
-        numbers = {**self.hyperparameters, **self.metrics}
+        """The metrics, scores and hyper-parameters that JSON cannot hold: NaN and infinity."""
+        numbers = {**self.hyperparameters, **self.metrics, **(asdict(self.scores) if self.scores else {})}
         return [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import stat
@@ -8,7 +9,7 @@ import pytest
 
 from adapters.errors import AdapterNotFound, InvalidAdapter, InvalidAdapterId, StoreUnavailable
 from adapters.layout import read_layout
-from adapters.manifest import Manifest, TrainingInfo, canonical_json, decode_json
+from adapters.manifest import Manifest, Scores, TrainingInfo, canonical_json, decode_json
 from adapters.store import AdapterStore, default_store_root
 from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, config, tensors, write_adapter
 
@@ -65,6 +66,25 @@ def test_published_files_are_read_only(store: AdapterStore, tmp_path: Path) -> N
     version = store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
     for path in version.path.iterdir():
         assert stat.S_IMODE(path.stat().st_mode) & 0o333 == 0
+
+
+def test_a_manifest_holds_scores_and_one_without_is_read(store: AdapterStore, tmp_path: Path) -> None:
+    digest = "sha256:" + "a" * 64
+    scores = Scores(
+        rows_digest=digest, held_out=True, num_rows=64, num_tokens=900, loss=0.5, trainer_loss=0.5004, base_loss=3.0,
+        exact_match=0.875,
+    )  # fmt: skip
+    training = TrainingInfo(method="lora", data_digest=digest, template_digest=digest, scores=scores)
+    version = store.publish(write_adapter(tmp_path / "source"), "a", training=training, **PUBLISH)
+    assert store.resolve("a").manifest.training == training
+    values = json.loads((version.path / "manifest.json").read_bytes())
+    for name in ("data_digest", "tokenizer_digest", "template_digest", "scores"):
+        del values["training"][name]
+    older = decode_json(json.dumps(values).encode(), Manifest)
+    assert older.training == TrainingInfo(method="lora")
+    nan = TrainingInfo(method="lora", scores=dataclasses.replace(scores, loss=math.nan))
+    with pytest.raises(InvalidAdapter, match="loss must be finite"):
+        store.publish(tmp_path / "source", "a", training=nan, **PUBLISH)
 
 
 def test_manifest_is_canonical_json(store: AdapterStore, tmp_path: Path) -> None:
