@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import random
 import stat
 from pathlib import Path
