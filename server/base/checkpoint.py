@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.base.cache import write_whole
-from server.base.origin import read_origin
+from server.base.origin import Origin, read_origin
 from server.base.spec import ModelSpec
 from server.errors import BaseModelError
 
@@ -20,12 +20,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def read_spec(directory: Path) -> ModelSpec:
-    """The model's shape from `config.json`. Raises BaseModelError (broken file) or UnsupportedModel."""
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json`. Raises BaseModelError."""
     path = directory / "config.json"
     if not path.is_file():
         raise BaseModelError(f"{directory}: no config.json; a base model is a Hugging Face model directory")
-    config = _read_json(path)
+    return _read_json(path)
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The model's shape from `config.json`. Raises BaseModelError (broken file) or UnsupportedModel."""
+    path = directory / "config.json"
+    config = read_config(directory)
     try:
         return ModelSpec.from_config(config)
     except KeyError as error:
@@ -71,6 +77,15 @@ def checkpoint_digest(spec: ModelSpec, files: tuple[Path, ...], cache: Path, pro
     content = {"spec": asdict(spec), "weights": weights}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def record_origin(directory: Path, digest: str, name: str) -> None:
+    """Leave the record that the checkpoint in `directory` is the base `digest`, quantized."""
+    weights = []
+    for file in weight_files(directory):
+        with file.open("rb") as opened:
+            weights.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    Origin(digest, name, tuple(weights)).write(directory)
 
 
 def _file_sha256(file: Path, cache: Path, progress: Callable[[str], None]) -> str:

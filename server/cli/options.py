@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,6 +14,13 @@ DEFAULT_SERVER = "127.0.0.1:50051"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.ASCII | re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(\d{1,5})", re.ASCII)
+
+
+class FourBits(StrEnum):
+    """The 4-bit formats."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
 
 
 @dataclass(slots=True)
@@ -81,3 +89,18 @@ Store = Annotated[
     ),
 ]
 AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="name, name@label or name@sha256:…")]
+QuantizationBlock = Annotated[
+    int,
+    typer.Option("--quantization-block", metavar="N", help="Weights that share one scale: a power of 2, 32 to 4096."),
+]
+DoubleQuantization = Annotated[
+    bool, typer.Option("--double-quantization/--single-quantization", help="Quantize the scales too, or not.")
+]
+KeepIn16Bits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-16bit",
+        metavar="MODULE",
+        help="Modules not to quantize, by their path or its beginning or end, as down_proj; repeatable [lm_head].",
+    ),
+]

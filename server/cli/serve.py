@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from server.cli.options import Base, Debug, Json, Store, parse_size
+from server.cli.options import (
+    Base,
+    Debug,
+    DoubleQuantization,
+    Json,
+    KeepIn16Bits,
+    QuantizationBlock,
+    Store,
+    parse_size,
+)
 from server.cli.output import print_json, print_note
 
 
@@ -19,6 +28,14 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Quantization(StrEnum):
+    """What --quantization takes."""
+
+    NF4 = "nf4"
+    FP4 = "fp4"
+    NONE = "none"
 
 
 class LogLevel(StrEnum):
@@ -45,6 +62,13 @@ def serve(
         typer.Option(metavar="auto|cpu|cuda[:N]", help="What the engine runs on; auto takes a GPU if there is one."),
     ] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's.")] = Dtype.AUTO,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Hold the base's linear layers in 4 bits, quantized while loading [as the checkpoint is]."),
+    ] = None,
+    quantization_block: QuantizationBlock = 64,
+    double_quantization: DoubleQuantization = True,
+    keep_16bit: KeepIn16Bits = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=1, metavar="TOKENS", help="Longest prompt and output together [the base's own].")
     ] = None,
@@ -91,6 +115,7 @@ def serve(
     """
     from adapters.registry import AdapterRegistry
     from adapters.stores import open_store
+    from server.base.quantization import HEAD
     from server.base.resolve import resolve_base
     from server.config import EngineConfig, ServeConfig
     from server.rpc.server import serve as serve_rpc
@@ -106,6 +131,10 @@ def serve(
             base_digest=model.digest,
             device=device,
             dtype=dtype.value,
+            quantization=None if quantization is None else quantization.value,
+            quantization_block=quantization_block,
+            double_quantization=double_quantization,
+            keep_16bit=tuple(keep_16bit or (HEAD,)),
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,

@@ -21,9 +21,7 @@ def supports(weights: Sequence[QuantizedWeight]) -> bool:
         return False
     if any(w.shape[0] % ROW_GROUP or w.quant_type != first.quant_type for w in weights):
         return False
-    from bitsandbytes.functional import has_avx512bf16
-
-    return bool(has_avx512bf16()) and all(w.block_size == first.block_size for w in weights)
+    return bool(_bitsandbytes().has_avx512bf16()) and all(w.block_size == first.block_size for w in weights)
 
 
 @dataclass(frozen=True, slots=True)

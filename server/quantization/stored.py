@@ -55,10 +55,11 @@ def read_quantized(
 
 def stored_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
     """What to store for a weight: what follows the module's path and a dot → tensor."""
-    from bitsandbytes.functional import QuantState
+    import bitsandbytes.functional
 
+    quant_state: Any = bitsandbytes.functional.QuantState
     nested = weight.nested
-    state = QuantState(
+    state = quant_state(
         absmax=weight.absmax,
         shape=torch.Size(weight.shape),
         code=code_table(weight.quant_type, weight.packed.device),
@@ -68,7 +69,7 @@ def stored_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
         offset=None if nested is None else nested.offset,
         state2=None
         if nested is None
-        else QuantState(absmax=nested.absmax, code=nested.table, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32),
+        else quant_state(absmax=nested.absmax, code=nested.table, blocksize=NESTED_BLOCK_SIZE, dtype=torch.float32),
     )
     tensors = {f"weight.{name}": tensor.cpu() for name, tensor in state.as_dict(packed=True).items()}
     return {"weight": weight.packed.view(-1, 1).cpu(), **tensors}
