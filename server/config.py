@@ -43,12 +43,15 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
+    """Settings of the front end. `merge` is an adapter to merge into the base before requests are taken, by
+    `merge_force` however far that is from unmerged serving. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
     client does not read for `stall_timeout` is ended."""
 
     engine: EngineConfig
     base_name: str
     store: str
+    merge: str | None = None
+    merge_force: bool = False
     host: str = "127.0.0.1"
     port: int = 50051
     metrics_host: str = "127.0.0.1"

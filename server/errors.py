@@ -8,6 +8,10 @@
     ├── EngineUnavailable   UNAVAILABLE          the engine process died or is not ready yet
     ├── PinRefused          RESOURCE_EXHAUSTED   pinning it would leave too little memory for other adapters
     ├── LoadCancelled       ABORTED              the adapter was unloaded while it was being loaded
+    ├── BaseMerged          FAILED_PRECONDITION  another adapter is merged into the base, and only it is served
+    ├── MergeRefused        FAILED_PRECONDITION  merged, the adapter would not do what it does unmerged
+    ├── MergeTooLarge       RESOURCE_EXHAUSTED   the host has no room for the weights that a merge puts aside
+    ├── MergeAborted        ABORTED              a merge or unmerge was given up; all is as before
     ├── CanaryFailed        FAILED_PRECONDITION  a loaded adapter computes what its files do not say (an InvalidAdapter)
     ├── BaseModelError      FAILED_PRECONDITION  the base model cannot be found or read
     │   └── UnsupportedModel                     its architecture or a setting is not supported
@@ -63,6 +67,36 @@ class LoadCancelled(LorikeetError):
 
     code = "ABORTED"
     reason = "ADAPTER_LOAD_CANCELLED"
+
+
+class BaseMerged(LorikeetError):
+    """Another adapter is merged into the base, and requests that are not for it are not served meanwhile. Metadata:
+    `merged_adapter_digest`."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "BASE_MERGED"
+
+
+class MergeRefused(LorikeetError):
+    """In the base's format, merged weights would not do what the adapter does unmerged. Metadata: `kl`, `max_kl`."""
+
+    code = "FAILED_PRECONDITION"
+    reason = "ADAPTER_MERGE_REFUSED"
+
+
+class MergeTooLarge(LorikeetError):
+    """The host has no room for the weights that a merge puts aside."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "ADAPTER_MERGE_TOO_LARGE"
+
+
+class MergeAborted(LorikeetError):
+    """A merge or an unmerge was given up: requests did not end in time, or the other was asked for. All is as
+    before."""
+
+    code = "ABORTED"
+    reason = "ADAPTER_MERGE_ABORTED"
 
 
 class CanaryFailed(InvalidAdapter):

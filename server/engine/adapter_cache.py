@@ -89,7 +89,7 @@ class AdapterCache:
         self._device.release(digest)
 
     def rows(self, digest: str) -> Ranges:
-        """The pool rows of a leased adapter."""
+        """The pool rows of a leased or merged adapter."""
         return self._device.rows(digest)
 
     def count_lookup(self, digest: str) -> None:
@@ -107,6 +107,9 @@ class AdapterCache:
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._device.entries
+
+    def is_on_its_way(self, digest: str) -> bool:
+        return digest in self._loading
 
     def load(self, adapter: AdapterRef, pin: bool = False) -> bool:
         """Make resident, and pin; True if it is so already, else `poll` tells. Raises PinRefused, or AdapterInUse
@@ -137,6 +140,8 @@ class AdapterCache:
         or wait for its load: AdapterInUse, or with `drain` False; then it goes once these have run, is given to no
         later ones, and `poll` tells when it is gone."""
         loading, entry = self._loading.get(digest), self._device.entries.get(digest)
+        if entry is not None and entry.is_merged:
+            raise AdapterInUse(f"adapter {digest} is merged into the base; unmerge it first")
         is_wanted = loading is not None and loading.is_waited_for
         if (is_wanted or (entry is not None and (entry.leases or entry.is_claimed))) and not drain:
             held = (
@@ -155,6 +160,20 @@ class AdapterCache:
         self._device.remove(digest)
         self._host.drop(digest)
         return True
+
+    def begin_merge(self, digest: str) -> bool:
+        """Keep a resident adapter's rows until `end_merge`; False where it is not, or no longer, resident. Raises
+        PinRefused."""
+        entry = self._device.entries.get(digest)
+        if entry is None or entry.is_leaving:
+            return False
+        self._check_room_beside(digest)
+        entry.is_merged = True
+        return True
+
+    def end_merge(self, digest: str) -> None:
+        """Let its rows go again when others need them."""
+        self._device.entries[digest].is_merged = False
 
     # What the step loop asks
 
@@ -192,7 +211,9 @@ class AdapterCache:
         """Those in the host tier, then those on the device."""
         held = [ResidentAdapter(digest, "host", packed.num_bytes, 0) for digest, packed in self._host]
         return held + [
-            ResidentAdapter(digest, "device", self._device.num_bytes(entry), entry.leases, entry.is_pinned)
+            ResidentAdapter(
+                digest, "device", self._device.num_bytes(entry), entry.leases, entry.is_pinned, entry.is_merged
+            )
             for digest, entry in self._device.entries.items()
         ]
 
@@ -344,5 +365,9 @@ class AdapterCache:
         self.counters.load_times.append(AdapterLoad(tier_from, tier_to, seconds))
 
     def _pin(self, digest: str) -> None:
+        self._check_room_beside(digest)
+        self._device.entries[digest].is_pinned = True
+
+    def _check_room_beside(self, digest: str) -> None:
         waiting = [loading.packed.rank for loading in self._loading.values() if loading.packed is not None]
-        self._device.pin(digest, waiting + [packed.rank for _, packed in self._host])
+        self._device.check_room_beside(digest, waiting + [packed.rank for _, packed in self._host])

@@ -18,6 +18,8 @@ from server.config import EngineConfig
 from server.engine.adapter_cache import NUM_WORKERS, AdapterCache
 from server.engine.canary import Canary
 from server.engine.engine import Channel, Engine
+from server.engine.merged_serving import MergedServing
+from server.engine.merging import BaseMerger
 from server.engine.messages import Ready
 from server.engine.pages import PageManager
 from server.engine.runner import DecodeGraphs, Runner
@@ -49,7 +51,7 @@ def build_engine(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     directory = Path(config.base_path)
-    raw = _read_config(directory)
+    raw = read_config(directory)
     spec = ModelSpec.from_config(raw)
     dtype = resolve_dtype(config.dtype, spec)
     quantization = wanted_quantization(
@@ -97,6 +99,14 @@ def build_engine(
         max_model_len=max_model_len,
         eos_token_ids=eos_token_ids(directory, raw),
     )
+    merged = MergedServing(
+        scheduler=scheduler,
+        adapters=adapters,
+        pool=pool,
+        merger=BaseMerger(model, pool, lambda: _available_bytes(torch.device("cpu"))),
+        pace=pace,
+        compensates=config.compensates_merged,
+    )
     sampler = Sampler(config.max_num_seqs, spec.vocab_size, device)
     attention: AttentionBackend = TorchAttention(spec.softmax_scale, spec.num_kv_heads, config.page_size, device)
     graphs: DecodeGraphs | None = None
@@ -113,7 +123,7 @@ def build_engine(
         attention=attention,
         sampler=sampler,
         pool=pool,
-        rows_of=adapters.rows,
+        rows_of=merged.rows_of,
         graphs=graphs,
     )
     ready = Ready(
@@ -132,6 +142,7 @@ def build_engine(
         pages=pages,
         runner=runner,
         adapters=adapters,
+        merged=merged,
         channel=channel,
         ready=ready,
         memory=memory,
@@ -185,7 +196,7 @@ def eos_token_ids(directory: Path, config: dict[str, object]) -> frozenset[int]:
     return frozenset(ids)
 
 
-def _read_config(directory: Path) -> dict[str, object]:
+def read_config(directory: Path) -> dict[str, object]:
     try:
         config: dict[str, object] = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:

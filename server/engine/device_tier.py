@@ -18,7 +18,13 @@ class Resident:
     leases: int = 0
     is_claimed: bool = False
     is_pinned: bool = False
+    is_merged: bool = False  # in the base's weights: its rows stay, and are those that take it off
     is_leaving: bool = False  # unloaded once its claim is taken and its leases end
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is never evicted."""
+        return self.is_pinned or self.is_merged
 
 
 class DeviceTier:
@@ -60,9 +66,9 @@ class DeviceTier:
         entry.leases -= 1
 
     def rows(self, digest: str) -> Ranges:
-        """The pool rows of a leased adapter."""
+        """The pool rows of a leased or merged adapter."""
         entry = self.entries[digest]
-        assert entry.leases > 0, f"{digest} used without a lease"
+        assert entry.leases > 0 or entry.is_merged, f"{digest} used without a lease"
         return entry.ranges
 
     @property
@@ -94,7 +100,7 @@ class DeviceTier:
     def allocate(self, rank: int, digest: str) -> Ranges | None:
         """Rows, evicting what nobody holds; None while too few can be had, and are kept from new leases for it."""
         needed = self._pool.rows_for(rank)
-        pinned = sum(self._pool.rows_for(entry.rank) for entry in self.entries.values() if entry.is_pinned)
+        pinned = sum(self._pool.rows_for(entry.rank) for entry in self.entries.values() if entry.stays)
         if needed > self._pool.num_rows - pinned:
             row_bytes = self._pool.row_bytes
             also = f", {pinned * row_bytes} of them are pinned" if pinned else ""
@@ -102,7 +108,7 @@ class DeviceTier:
                 f"adapter {digest} of rank {rank} needs {needed * row_bytes} bytes; "
                 f"{self._pool.num_rows * row_bytes} are set aside for adapters (--adapter-memory){also}"
             )
-        idle = [d for d, e in self.entries.items() if not (e.leases or e.is_claimed or e.is_pinned)]
+        idle = [d for d, e in self.entries.items() if not (e.leases or e.is_claimed or e.stays)]
         reclaimable = sum(self._pool.rows_for(self.entries[name].rank) for name in idle)
         if self._pool.num_free_rows + reclaimable < needed:
             self._bar(needed - self._pool.num_free_rows)
@@ -119,21 +125,20 @@ class DeviceTier:
         for digest, entry in self.entries.items():
             if num_rows <= 0:
                 break
-            if not (entry.is_claimed or entry.is_pinned):
+            if not (entry.is_claimed or entry.stays):
                 self.barred.add(digest)
                 num_rows -= self._pool.rows_for(entry.rank)
 
-    def pin(self, digest: str, other_ranks: Iterable[int]) -> None:
-        """Never evict it. Raises PinRefused unless that leaves rows for another as large as the largest here or of
-        `other_ranks`."""
+    def check_room_beside(self, digest: str, other_ranks: Iterable[int]) -> None:
+        """Before it is never evicted any more: raises PinRefused unless that leaves rows for another as large as the
+        largest here or of `other_ranks`."""
         entry = self.entries[digest]
         ranks = [*other_ranks, *(e.rank for e in self.entries.values())]
         largest = max(self._pool.rows_for(rank) for rank in ranks)
-        others = sum(self._pool.rows_for(e.rank) for e in self.entries.values() if e.is_pinned and e is not entry)
+        others = sum(self._pool.rows_for(e.rank) for e in self.entries.values() if e.stays and e is not entry)
         left = self._pool.num_rows - others - self._pool.rows_for(entry.rank)
         if left < largest:
             raise PinRefused(
-                f"adapter {digest} cannot be pinned: {left * self._pool.row_bytes} bytes would be left for those that "
-                f"are not, the largest takes {largest * self._pool.row_bytes}; unpin another or raise --adapter-memory"
+                f"adapter {digest} cannot be kept in memory: {left * self._pool.row_bytes} bytes would be left for "
+                f"others, the largest takes {largest * self._pool.row_bytes}; unpin another or raise --adapter-memory"
             )
-        entry.is_pinned = True

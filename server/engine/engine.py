@@ -12,15 +12,17 @@ from typing import Protocol
 
 import msgspec
 
-from adapters.errors import InvalidAdapter, LorikeetError
+from adapters.errors import LorikeetError
 from server.engine.adapter_cache import AdapterCache
 from server.engine.loading import Progress
+from server.engine.merged_serving import MergedServing
 from server.engine.messages import (
     CallDone,
     CallProgress,
     Cancel,
     ErrorPayload,
     LoadAdapter,
+    MergeAdapter,
     Ready,
     RequestFailed,
     Shutdown,
@@ -30,6 +32,7 @@ from server.engine.messages import (
     ToEngine,
     ToFrontend,
     UnloadAdapter,
+    UnmergeAdapter,
     UnpinAdapter,
 )
 from server.engine.pages import PageManager
@@ -43,7 +46,7 @@ from server.lora.pace import Pace
 log = logging.getLogger(__name__)
 
 IDLE_WAIT = 0.5  # seconds between looks at the parent process and the statistics
-LOADING_WAIT = 0.001  # seconds between looks at an adapter that is on its way while nothing else runs
+LOADING_WAIT = 0.001  # seconds between looks at an adapter that is on its way, or a merge, while nothing else runs
 
 
 class Channel(Protocol):
@@ -65,6 +68,7 @@ class Engine:
         pages: PageManager,
         runner: Runner,
         adapters: AdapterCache,
+        merged: MergedServing,
         channel: Channel,
         ready: Ready,
         memory: dict[str, int],
@@ -75,6 +79,7 @@ class Engine:
         self._pages = pages
         self._runner = runner
         self._adapters = adapters
+        self._merged = merged
         self._channel = channel
         self._memory = memory
         self._pace = pace
@@ -100,8 +105,9 @@ class Engine:
         self._adapters.close()
 
     def step(self) -> None:
-        """Admit arrived adapters; schedule, execute, commit, send."""
+        """Admit arrived adapters, go on with a merge; schedule, execute, commit, send."""
         self._poll_adapters()
+        self._advance_merge()
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.execute(plan)))
@@ -125,6 +131,8 @@ class Engine:
             case UnpinAdapter():
                 self._adapters.unpin(message.digest)
                 self._end_calls([message.call_id])
+            case MergeAdapter() | UnmergeAdapter():
+                self._merge(message)
             case Shutdown():
                 self._stopping = True
 
@@ -132,6 +140,7 @@ class Engine:
         if message.adapter is not None:
             self._adapters.count_lookup(message.adapter.digest)
         try:
+            self._merged.check("" if message.adapter is None else message.adapter.digest)
             self._scheduler.add(
                 Sequence(
                     request_id=message.request_id,
@@ -143,7 +152,7 @@ class Engine:
                 )
             )
         except LorikeetError as error:
-            self._channel.send(RequestFailed(message.request_id, error_payload(error)))
+            self._channel.send(RequestFailed(message.request_id, ErrorPayload.of(error)))
 
     def _load(self, message: LoadAdapter) -> None:
         try:
@@ -166,17 +175,38 @@ class Engine:
             return
         cancelled = LoadCancelled(f"adapter {digest} was unloaded while it was being loaded")
         self._end_calls(self._load_calls.pop(digest, []), cancelled)
+        self._merged.load_failed(digest, cancelled)
         if is_gone:
             self._end_calls([message.call_id])
         else:
             self._unload_calls[digest].append(message.call_id)
             self._channel.send(CallProgress(message.call_id, "draining"))
 
+    def _merge(self, message: MergeAdapter | UnmergeAdapter) -> None:
+        try:
+            if isinstance(message, MergeAdapter):
+                self._merged.merge(message)
+                if self._adapters.is_on_its_way(message.adapter.digest):
+                    self._tell(self._adapters.progress(message.adapter.digest))
+            else:
+                self._merged.unmerge(message)
+        except LorikeetError as error:
+            self._end_calls([message.call_id], error)
+
+    def _advance_merge(self) -> None:
+        """Take the merge that is under way a step on, and send what came of that and of calls since."""
+        self._merged.advance()
+        messages = self._merged.take()
+        if any(isinstance(message, CallDone) for message in messages):
+            self._report()
+        for message in messages:
+            self._channel.send(message)
+
     def _end_calls(self, call_ids: list[str], error: LorikeetError | None = None) -> None:
         if call_ids:
             self._report()  # first, so that whoever hears of the end of a call finds what it changed
         for call_id in call_ids:
-            self._channel.send(CallDone(call_id, None if error is None else error_payload(error)))
+            self._channel.send(CallDone(call_id, None if error is None else ErrorPayload.of(error)))
 
     def _poll_adapters(self) -> None:
         if not self._adapters.is_loading:
@@ -193,17 +223,18 @@ class Engine:
         for digest, error in arrivals.failed.items():
             log.warning("adapter %s refused: %s", digest, error)
             self._end_calls(self._load_calls.pop(digest, []), error)
+            self._merged.load_failed(digest, error)
             for request_id in self._scheduler.fail_adapter(digest):
-                self._channel.send(RequestFailed(request_id, error_payload(error)))
+                self._channel.send(RequestFailed(request_id, ErrorPayload.of(error)))
 
     def _tell(self, progress: Progress) -> None:
-        for call_id in self._load_calls.get(progress.digest, ()):
+        for call_id in (*self._load_calls.get(progress.digest, ()), *self._merged.calls_for_load(progress.digest)):
             self._channel.send(CallProgress(call_id, progress.stage.value, 0, progress.num_bytes))
 
     def _wait(self) -> float:
-        if self.is_busy:
+        if self.is_busy or self._merged.is_writing:
             return 0.0
-        return LOADING_WAIT if self._adapters.is_loading else IDLE_WAIT
+        return LOADING_WAIT if self._adapters.is_loading or self._merged.is_under_way else IDLE_WAIT
 
     def _send_stats(self) -> None:
         if time.monotonic() >= self._stats_due:
@@ -236,6 +267,10 @@ class Engine:
             adapter_misses=dict(counters.misses),
             adapter_evictions=self._adapters.evictions,
             adapter_bytes=self._adapters.used_bytes,
+            merges=self._merged.num_merges,
+            unmerges=self._merged.num_unmerges,
+            merge_held_bytes=self._merged.held_bytes,
+            served=dict(scheduler.served),
             waiting_by_adapter=scheduler.waiting_by_adapter,
         )
 
@@ -243,9 +278,3 @@ class Engine:
         """Every page, row and lease is accounted for."""
         self._scheduler.check_integrity()
         self._adapters.check_integrity()
-
-
-def error_payload(error: LorikeetError) -> ErrorPayload:
-    """An error as it crosses to the front end."""
-    faults = list(error.faults) if isinstance(error, InvalidAdapter) else []
-    return ErrorPayload(error.code, error.reason, error.message, dict(error.metadata), error.retry_after, faults)

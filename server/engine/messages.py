@@ -4,7 +4,20 @@ Encoded with msgpack by msgspec and carried by one ZeroMQ PAIR socket over `ipc:
 the engine connects, one message a frame. Must import neither torch nor protobuf: both processes load it.
 """
 
+from enum import StrEnum
+
 import msgspec
+
+from adapters.errors import InvalidAdapter, LorikeetError
+
+
+class Serving(StrEnum):
+    """How a sequence is served. UNMERGED: the base's weights, and its adapter's low-rank term. MERGED: its adapter is
+    in the weights. COMPENSATED: another adapter is, and one more low-rank term takes it off."""
+
+    UNMERGED = "unmerged"
+    MERGED = "merged"
+    COMPENSATED = "compensated"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -52,6 +65,11 @@ class ErrorPayload(msgspec.Struct, frozen=True):
     retry_after: float | None = None
     faults: list[str] = []
 
+    @classmethod
+    def of(cls, error: LorikeetError) -> "ErrorPayload":
+        faults = list(error.faults) if isinstance(error, InvalidAdapter) else []
+        return cls(error.code, error.reason, error.message, dict(error.metadata), error.retry_after, faults)
+
 
 # Front end → engine
 
@@ -97,11 +115,33 @@ class UnpinAdapter(msgspec.Struct, frozen=True, tag="unpin"):
     digest: str
 
 
+class MergeAdapter(msgspec.Struct, frozen=True, tag="merge"):
+    """Load an adapter and add it to the base's weights once the sequences that are here have ended; those that come
+    meanwhile wait. Answered by CallDone with a report. Given up (ADAPTER_MERGE_ABORTED) when they take longer than
+    `drain_seconds`. `probe` are tokens on which merged serving is compared with unmerged; `force` merges whatever the
+    comparison says. One that is merged is fine."""
+
+    call_id: str
+    adapter: AdapterRef
+    probe: list[int]
+    drain_seconds: float
+    force: bool = False
+
+
+class UnmergeAdapter(msgspec.Struct, frozen=True, tag="unmerge"):
+    """Give the base its own weights back, likewise; answered by CallDone. One that is not merged is fine, and a merge
+    that has not yet begun to write is given up."""
+
+    call_id: str
+    digest: str
+    drain_seconds: float
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Exit once the current step is done. The front end has drained what it wanted drained."""
 
 
-ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter | UnpinAdapter | Shutdown
+ToEngine = Submit | Cancel | LoadAdapter | UnloadAdapter | UnpinAdapter | MergeAdapter | UnmergeAdapter | Shutdown
 
 # Engine → front end
 
@@ -126,7 +166,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step made for one sequence; the last one has `finish_reason` ("stop" or "length").
 
     `num_cached` (prompt tokens taken from the prefix cache) comes with the first, `timings` with the first (their
-    `decode` is 0) and the last. When a stop token ended the sequence, it is the last of `token_ids`.
+    `decode` is 0) and the last; so does `serving`. When a stop token ended the sequence, it is the last of `token_ids`.
     """
 
     request_id: str
@@ -135,6 +175,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str | None = None
     num_cached: int | None = None
     timings: Timings | None = None
+    serving: Serving = Serving.UNMERGED
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
@@ -150,17 +191,39 @@ class RequestFailed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorPayload
 
 
+class LayerError(msgspec.Struct, frozen=True):
+    """What rounding to the base's format took off one layer's merged weights W + Δ: the norm of the error relative to
+    that of W + Δ (`weight`), and to that of Δ (`delta`)."""
+
+    layer: int
+    weight: float
+    delta: float
+
+
+class MergeReport(msgspec.Struct, frozen=True):
+    """How far merged serving is from unmerged: KL(unmerged ‖ merged) of the next token in nats, the mean and the
+    largest over the probe's tokens, and the error in each layer that the adapter changes. `held_bytes` of the base's
+    own weights lie in host memory until it is unmerged."""
+
+    kl: float
+    largest_kl: float
+    layers: list[LayerError]
+    held_bytes: int
+
+
 class CallDone(msgspec.Struct, frozen=True, tag="done"):
-    """Answers LoadAdapter, UnloadAdapter and UnpinAdapter; `error` None is success."""
+    """Answers every call; `error` None is success. `report` is MergeAdapter's."""
 
     call_id: str
     error: ErrorPayload | None = None
+    report: MergeReport | None = None
 
 
 class CallProgress(msgspec.Struct, frozen=True, tag="progress"):
     """How far a call is, sent when its stage changes: "reading" (file → host), "waiting" (for room on the device),
-    "copying" (host → device), "checking" (the canary), "draining" (running sequences hold it). Bytes of the stage;
-    0 of 0 where they are not known."""
+    "copying" (host → device), "checking" (the canary), "draining" (running sequences hold it), "merging" (the base's
+    weights are being written, the one way or the other; sent for each product). Bytes of the stage; 0 of 0 where they
+    are not known."""
 
     call_id: str
     stage: str
@@ -191,6 +254,7 @@ class ResidentAdapter(msgspec.Struct, frozen=True):
     size_bytes: int
     leases: int
     pinned: bool = False
+    merged: bool = False
 
 
 class AdapterLoad(msgspec.Struct, frozen=True):
@@ -207,7 +271,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
 
     Dicts of adapters are by tier ("host", "device"), but `waiting_by_adapter`: sequences by digest, without the
     base's. `adapter_load_times` are those since the last Stats. A hit of a tier is a request whose adapter was there
-    when it came; the adapter of a miss of the device may still be a hit of the host."""
+    when it came; the adapter of a miss of the device may still be a hit of the host. `merge_held_bytes` is host memory
+    that keeps the base's own weights while an adapter is merged, `served` counts admitted sequences by Serving."""
 
     num_running: int
     num_waiting: int
@@ -225,6 +290,10 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     adapter_evictions: dict[str, int] = {}
     adapter_bytes: dict[str, int] = {}
     adapter_load_times: list[AdapterLoad] = []
+    merges: int = 0
+    unmerges: int = 0
+    merge_held_bytes: int = 0
+    served: dict[str, int] = {}
     waiting_by_adapter: dict[str, int] = {}
 
 

@@ -1,9 +1,10 @@
 """The KV cache's pages: who holds which, and which can be reused as a prefix. Numbers only, no tensor.
 
 A page holds `page_size` consecutive positions of one sequence. A page whose tokens are all computed and known is
-*published* under a key that chains over (adapter digest, key of the page before, its own tokens), so that equal keys
-mean equal KV: same adapter, same tokens, same positions. Keys are 256-bit BLAKE2b digests, not Python hashes: a
-collision would serve one request's KV to another. Several sequences may hold a published page; none writes to it.
+*published* under a key that chains over (the sequence's `kv_key`, key of the page before, its own tokens), so that
+equal keys mean equal KV: same adapter, served the same way, same tokens, same positions. Keys are 256-bit BLAKE2b
+digests, not Python hashes: a collision would serve one request's KV to another. Several sequences may hold a published
+page; none writes to it.
 """
 
 from array import array
@@ -14,8 +15,8 @@ from hashlib import blake2b
 from server.engine.sequence import Sequence
 
 
-def _root_key(digest: str) -> bytes:
-    return blake2b(digest.encode(), digest_size=32, person=b"adapter").digest()
+def _root_key(key: str) -> bytes:
+    return blake2b(key.encode(), digest_size=32, person=b"adapter").digest()
 
 
 def _page_key(parent: bytes, tokens: list[int]) -> bytes:
@@ -121,7 +122,7 @@ class PageManager:
 
     def _make_keys(self, seq: Sequence, num_keys: int) -> None:
         for index in range(len(seq.page_keys), num_keys):
-            parent = seq.page_keys[-1] if seq.page_keys else _root_key(seq.digest)
+            parent = seq.page_keys[-1] if seq.page_keys else _root_key(seq.kv_key)
             start = index * self.page_size
             seq.page_keys.append(_page_key(parent, seq.tokens(start, start + self.page_size)))
 

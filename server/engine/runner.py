@@ -10,6 +10,7 @@ from torch import Tensor
 from server.engine.messages import TokenLogprob
 from server.engine.plan import Chunk, Plan, Sampled
 from server.engine.sampler import SampledBatch, Sampler
+from server.engine.sequence import Sequence as SequenceState
 from server.lora.batch import TokenSpan, build_lora_batch
 from server.lora.pool import AdapterPool, Ranges
 from server.model.attention import AttentionBackend, AttentionChunk
@@ -54,7 +55,7 @@ class StepHandle:
 
 
 class Runner:
-    """Executes plans on one device. `rows_of` gives a resident adapter's rows in the pool by digest; `graphs` runs
+    """Executes plans on one device. `rows_of` gives the pool's rows of a sequence's low-rank term; `graphs` runs
     the steps that only decode, where there are any."""
 
     def __init__(
@@ -64,7 +65,7 @@ class Runner:
         attention: AttentionBackend,
         sampler: Sampler,
         pool: AdapterPool,
-        rows_of: Callable[[str], Ranges],
+        rows_of: Callable[[SequenceState], Ranges | None],
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
@@ -110,8 +111,7 @@ class Runner:
         return chunk.seq.pages[position // page_size] * page_size + position % page_size
 
     def _span(self, chunk: Chunk) -> TokenSpan:
-        adapter = chunk.seq.adapter
-        return TokenSpan(chunk.length, None if adapter is None else self._rows_of(adapter.digest))
+        return TokenSpan(chunk.length, self._rows_of(chunk.seq))
 
     def _handle(self, drawing: tuple[Chunk, ...], drawn: SampledBatch) -> StepHandle:
         if self._device.type == "cpu":

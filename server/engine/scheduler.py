@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 
 from server.engine.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairQueue
-from server.engine.messages import Output
+from server.engine.messages import Output, Serving
 from server.engine.pages import PageManager
 from server.engine.plan import Chunk, Plan, Sampled
 from server.engine.residency import AdapterResidency, MissingAdapters
@@ -31,7 +31,8 @@ class Scheduler:
     """Continuous batching with chunked prefill over a fixed number of rows, pages and tokens a step.
 
     `max_waiting` bounds the sequences that are waiting beyond those that rows are free for. `preemptions`,
-    `prefix_query_tokens` (prompt tokens admitted) and `prefix_hit_tokens` (those found cached) only grow.
+    `prefix_query_tokens` (prompt tokens admitted), `prefix_hit_tokens` (those found cached) and `served` (admitted
+    sequences by Serving) only grow.
     """
 
     def __init__(
@@ -60,9 +61,12 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest admission first
         self._draining: set[Sequence] = set()
         self._uncommitted: deque[Plan] = deque()
+        self._let_through: set[Sequence] | None = None  # None: all
         self._missing = MissingAdapters(adapters, self._waiting)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._run_seconds = 1.0  # from admission to end: a guess, then a moving average
+        self.merged: str | None = None  # what is in the base's weights, by digest; changes only while drained
+        self.served: Counter[str] = Counter()
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -111,6 +115,27 @@ class Scheduler:
         for request_id in dropped:
             self.cancel(request_id)
         self._missing.forget(digest)
+        return dropped
+
+    def hold(self) -> None:
+        """Admit none but those that are here already, until `let_go`; those that come wait."""
+        self._let_through = set(self._by_id.values())
+
+    def let_go(self) -> None:
+        """Admit all again."""
+        self._let_through = None
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether, held, all that may run has ended and no plan is uncommitted."""
+        waits = any(seq.state is State.WAITING for seq in self._let_through or ())
+        return not (waits or self._running or self._draining or self._uncommitted)
+
+    def drop_others(self, digest: str) -> list[str]:
+        """End the waiting sequences of all adapters but one; their ids."""
+        dropped = [seq.request_id for seq in self._waiting if seq.digest != digest]
+        for request_id in dropped:
+            self.cancel(request_id)
         return dropped
 
     def drop_all(self) -> list[str]:
@@ -196,9 +221,12 @@ class Scheduler:
         if not self._waiting or not budget or not self._free_rows:
             return admitted
         for seq in self._waiting.turns():
+            if self._let_through is not None and seq not in self._let_through:
+                continue
             if seq.adapter is not None and not self._adapters.is_available(seq.digest):
                 self._missing.add(seq.adapter, now)
                 continue
+            seq.merged = self.merged
             # Each running sequence will soon want a page: leave it one, rather than preempt right away.
             num_cached = self._pages.allocate(seq, headroom=len(self._running))
             if num_cached is None:
@@ -225,6 +253,7 @@ class Scheduler:
         if seq.scheduled_at is None:  # not when it comes back from preemption
             seq.scheduled_at = now
             seq.num_cached = num_cached
+            self.served[seq.serving] += 1
             self.prefix_query_tokens += len(seq.prompt)
             self.prefix_hit_tokens += num_cached
             self._waiting.charge(seq.digest, INPUT_WEIGHT * (len(seq.prompt) - num_cached))
@@ -318,6 +347,7 @@ class Scheduler:
             finish_reason=finish_reason,
             num_cached=num_cached,
             timings=timings,
+            serving=Serving.UNMERGED if timings is None else seq.serving,
         )
 
     def _end(self, seq: Sequence) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
-from server.engine.messages import AdapterRef, SamplingParams, StopParams, Timings
+from server.engine.messages import AdapterRef, SamplingParams, Serving, StopParams, Timings
 
 
 class State(Enum):
@@ -45,14 +45,27 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the prefix cache when first admitted
     in_flight: int = 0  # uncommitted plans with a chunk of this sequence
     is_decoding: bool = False  # the chunk that ends the prefill is planned: what follows are decodes
+    merged: str | None = None  # the adapter that was in the base's weights when this was admitted, by digest
     load_seconds: float = 0.0
     scheduled_at: float | None = None
     first_token_at: float | None = None
 
     @property
     def digest(self) -> str:
-        """The adapter's content digest, "" for the base: what KV, leases and fairness are keyed by."""
+        """The adapter's content digest, "" for the base: what leases and fairness are keyed by."""
         return "" if self.adapter is None else self.adapter.digest
+
+    @property
+    def serving(self) -> Serving:
+        """How it is served, from its admission to its end."""
+        if self.merged is None:
+            return Serving.UNMERGED
+        return Serving.MERGED if self.merged == self.digest else Serving.COMPENSATED
+
+    @property
+    def kv_key(self) -> str:
+        """What its KV is keyed by: its digest, and what else changes the KV's bits."""
+        return self.digest if self.merged is None else f"{self.digest} on {self.merged}"
 
     @property
     def num_known(self) -> int:

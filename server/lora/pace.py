@@ -40,6 +40,13 @@ class Pace:
         finally:
             self._turn.release()
 
+    def take_turn(self) -> bool:
+        """For the step loop itself: keep everyone else from work until `end_turn`; False where someone is at it."""
+        return self._turn.acquire(blocking=False)
+
+    def end_turn(self) -> None:
+        self._turn.release()
+
     def breathe(self) -> None:
         """Between two pieces of work, by the thread that holds the turn."""
         if self.is_busy:

@@ -83,6 +83,13 @@ class AdapterPool:
                 assert not self._free[page], f"adapter page {page} freed twice"
                 self._free[page] = True
 
+    def negate(self, ranges: Ranges) -> None:
+        """Change the sign of what an adapter adds; doing it again gives the same bits back. While nobody reads it."""
+        for pool in self.groups.values():
+            for b in pool.b:
+                for start, stop in ranges:
+                    b[:, start:stop].neg_()
+
     def write(self, ranges: Ranges, adapter: PackedAdapter) -> None:
         """Copy an adapter into rows that nobody reads yet; may run on another thread than the step loop, and beside
         it: on a GPU in a stream of its own. The rows are written when this returns."""

@@ -20,6 +20,7 @@ from server.engine.messages import (
     CallDone,
     CallProgress,
     LoadAdapter,
+    MergeAdapter,
     Output,
     RequestFailed,
     SamplingParams,
@@ -30,8 +31,11 @@ from server.engine.messages import (
     ToEngine,
     ToFrontend,
     UnloadAdapter,
+    UnmergeAdapter,
     UnpinAdapter,
 )
+
+Call = LoadAdapter | UnloadAdapter | UnpinAdapter | MergeAdapter | UnmergeAdapter
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -106,17 +110,21 @@ class Driver:
                 time.sleep(0.001)  # an adapter is on its way: leave the interpreter to the thread that reads it
         self.engine.check_integrity()
 
-    def call(self, message: LoadAdapter | UnloadAdapter | UnpinAdapter, seconds: float = 60) -> CallDone:
+    def call(self, message: Call, seconds: float = 60) -> CallDone:
         """Step until the call is answered."""
         self.engine.handle(message)
+        return self.answer(message.call_id, seconds)
+
+    def answer(self, call_id: str, seconds: float = 60) -> CallDone:
+        """Step until a call that was made is answered."""
         deadline = time.monotonic() + seconds
-        while message.call_id not in self.inbox.calls:
+        while call_id not in self.inbox.calls:
             assert time.monotonic() < deadline, f"not answered after {seconds} s"
             self.engine.step()
             if not self.engine.is_busy:
                 time.sleep(0.001)
         self.engine.check_integrity()
-        return self.inbox.calls.pop(message.call_id)
+        return self.inbox.calls.pop(call_id)
 
     def generate(
         self, prompt: list[int], max_tokens: int, adapter: AdapterRef | None = None, **sampling: Any
