@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, Ranges, count_blocks
 from server.kernels.triton.lora import lora_expand, lora_shrink
-from server.kernels.triton.plans import LoraPlan
+from server.kernels.triton.plans import AnyPlan
 
 MAX_RANK = 64
 COLD_BYTES = 320 << 20  # of weights gone over in turn: several times the L2 cache of any GPU
@@ -96,19 +96,19 @@ class Workload:
         weights = sum(weight.numel() for weight in b)
         return Cost((a.numel() + x.numel()) * x.element_size(), (weights + 2 * y.numel()) * y.element_size())
 
-    def shrink(self, layer: int, plan: LoraPlan) -> None:
+    def shrink(self, layer: int, plan: AnyPlan) -> None:
         lora_shrink(self.x, self.a[layer], self.blocks, self._room(plan), plan)
 
-    def expand(self, layer: int, plan: LoraPlan) -> None:
+    def expand(self, layer: int, plan: AnyPlan) -> None:
         b = [weight[layer] for weight in self.b]
-        lora_expand(self.y, b, self.blocks, self.product.widths, self._room(plan), plan)
+        lora_expand(self.y, b, self.blocks, self.product.in_features, self._room(plan), plan)
 
-    def both(self, layer: int, plan: LoraPlan) -> None:
+    def both(self, layer: int, plan: AnyPlan) -> None:
         self.shrink(layer, plan)
         self.expand(layer, plan)
 
-    def _room(self, plan: LoraPlan) -> Tensor:
-        size = plan.shrink.splits * self.case.tokens * len(self.product.widths) * MAX_RANK
+    def _room(self, plan: AnyPlan) -> Tensor:
+        size = plan.parts(self.product.in_features) * self.case.tokens * len(self.product.widths) * MAX_RANK
         if self._scratch.numel() < size:
             self._scratch = torch.zeros(size, device=self.device)
         return self._scratch
@@ -130,7 +130,7 @@ class Workload:
         return shape.view(torch.from_numpy(packed).to(self.device))
 
 
-def compile_plan(product: Product, block_tokens: int, dtype: torch.dtype, plan: LoraPlan) -> None:
+def compile_plan(product: Product, block_tokens: int, dtype: torch.dtype, plan: AnyPlan) -> None:
     """Compile what a plan launches, or find it compiled in Triton's cache, by launching it on nothing."""
     device = torch.device("cuda")
     shape = LoraBlocksShape(tokens=16, rows=16, blocks=1, block_tokens=block_tokens, max_rank=MAX_RANK)
@@ -138,9 +138,9 @@ def compile_plan(product: Product, block_tokens: int, dtype: torch.dtype, plan: 
     x, y = (torch.zeros(1, size, dtype=dtype, device=device) for size in (product.in_features, sum(product.widths)))
     a = torch.zeros(1, len(product.widths), product.in_features, dtype=dtype, device=device)
     b = [torch.zeros(1, width, dtype=dtype, device=device) for width in product.widths]
-    scratch = torch.zeros(plan.shrink.splits * 16 * len(b) * MAX_RANK, device=device)
+    scratch = torch.zeros(plan.parts(product.in_features) * 16 * len(b) * MAX_RANK, device=device)
     lora_shrink(x, a, blocks, scratch, plan)
-    lora_expand(y, b, blocks, product.widths, scratch, plan)
+    lora_expand(y, b, blocks, product.in_features, scratch, plan)
 
 
 def time_launches(launch: Callable[[int], None], layers: int, seconds: float = 0.03) -> float:

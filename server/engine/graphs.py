@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.engine.sampler import Sampler
 from server.lora.batch import TokenSpan
-from server.lora.gpu_batch import GRAPH_MAX_RANK, GpuLoraTables
+from server.lora.gpu_batch import GRAPH_MAX_RANK, GpuLoraTables, warm_up
 from server.lora.pool import AdapterPool
 from server.model.attention import AttentionChunk
 from server.model.batch import ForwardBatch
@@ -58,6 +58,8 @@ class DecodeGraphs:
         self._copied = torch.cuda.Event()
         self._buckets: dict[int, DecodeBucket] = {}
         self._graphs: dict[tuple[int, bool], _Captured] = {}
+        progress("compiling or loading the low-rank kernels")
+        warm_up(pool)
         memory = None
         for size in reversed(sizes):
             progress(f"capturing decode graphs, {size} sequences")

@@ -29,6 +29,7 @@ class LoraBlocks:
     first_row: Tensor
     rank: Tensor
     row_index: Tensor  # [rows] int32
+    count: Tensor  # [1] int32: how many blocks come before the first of length 0
     block_tokens: int
     num_blocks: int
     max_rank: int
@@ -47,16 +48,25 @@ class LoraBlocksShape:
     @property
     def size(self) -> int:
         """Of the packed buffer, in int32 words."""
-        return 4 * self.blocks + self.tokens + self.rows
+        return 4 * self.blocks + self.tokens + self.rows + 1
 
     def view(self, packed: Tensor) -> LoraBlocks:
         """The tables in `packed` [size] int32, on any device, without a copy."""
         assert packed.shape == (self.size,), f"{tuple(packed.shape)} words for tables of {self.size}"
-        start, length, first_row, rank, token_index, row_index = packed.split(
-            [self.blocks] * 4 + [self.tokens, self.rows]
+        start, length, first_row, rank, token_index, row_index, count = packed.split(
+            [self.blocks] * 4 + [self.tokens, self.rows, 1]
         )
         return LoraBlocks(
-            token_index, start, length, first_row, rank, row_index, self.block_tokens, self.blocks, self.max_rank
+            token_index,
+            start,
+            length,
+            first_row,
+            rank,
+            row_index,
+            count,
+            block_tokens=self.block_tokens,
+            num_blocks=self.blocks,
+            max_rank=self.max_rank,
         )
 
     def fill(self, packed: Int32Array, lengths: Sequence[int], rows: Sequence[Ranges | None]) -> int:
@@ -72,7 +82,7 @@ class LoraBlocksShape:
             if ranges is not None:
                 groups.setdefault(ranges, []).append((first, length))
             first += length
-        token_index, row_index = np.split(packed[4 * self.blocks :], [self.tokens])
+        token_index, row_index = np.split(packed[4 * self.blocks : -1], [self.tokens])
         table: list[tuple[int, int, int, int]] = []
         pool_rows: list[int] = []
         num_tokens = 0
@@ -93,6 +103,7 @@ class LoraBlocksShape:
         columns[1] = 0
         if table:
             columns[:, : len(table)] = np.array(table, dtype=np.int32).T
+        packed[-1] = len(table)
         return len(table)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, count_blocks
 from server.kernels.triton.lora import lora_add
-from server.kernels.triton.plans import lora_scratch_size
+from server.kernels.triton.plans import lora_plans, lora_scratch_size
 from server.lora.batch import TokenSpan
 from server.lora.pool import AdapterPool
 
@@ -54,6 +54,22 @@ def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLo
     return GpuLoraBatch(pool, shape.view(packed.to(device, non_blocking=True)), _scratch(pool, shape))
 
 
+def warm_up(pool: AdapterPool) -> None:
+    """Launch once, on no tokens, every low-rank kernel that a step can need: none is compiled while requests wait."""
+    device = _device(pool)
+    for entry in pool.groups.values():
+        in_features, widths = entry.group.in_features, entry.group.widths
+        x = torch.zeros(1, in_features, dtype=pool.dtype, device=device)
+        y = torch.zeros(1, sum(widths), dtype=pool.dtype, device=device)
+        for block_tokens in (DECODE_BLOCK, PREFILL_BLOCK):
+            shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=block_tokens, max_rank=16)
+            blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32, device=device))
+            for plan in lora_plans(in_features, widths, block_tokens, device):
+                scratch = torch.empty(plan.parts(in_features) * len(widths) * 16, dtype=torch.float32, device=device)
+                b = [weight[0] for weight in entry.b]
+                lora_add(y, x, entry.a[0], b, blocks, widths, scratch, plan)
+
+
 class GpuLoraTables:
     """The terms of captured decode steps: tables at fixed addresses for each batch size, one scratch for all."""
 
@@ -63,7 +79,7 @@ class GpuLoraTables:
         self._shapes = {
             size: LoraBlocksShape(
                 tokens=size,
-                rows=min(size * GRAPH_MAX_RANK, pool.num_rows),
+                rows=size * GRAPH_MAX_RANK,
                 blocks=size,
                 block_tokens=DECODE_BLOCK,
                 max_rank=GRAPH_MAX_RANK,

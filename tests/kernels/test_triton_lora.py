@@ -14,7 +14,15 @@ pytest.importorskip("triton", reason="the package triton is in the dev group")
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, Ranges, count_blocks
 from server.kernels.reference import lora as reference
 from server.kernels.triton import lora
-from server.kernels.triton.plans import ExpandPlan, LoraPlan, ShrinkPlan, lora_plan, lora_scratch_size
+from server.kernels.triton.plans import (
+    AnyPlan,
+    DecodePlan,
+    ExpandPlan,
+    LoraPlan,
+    ShrinkPlan,
+    lora_plan,
+    lora_scratch_size,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -25,6 +33,9 @@ SMALL = LoraPlan(
     ShrinkPlan(block_k=16, block_r=16, programs=2, splits=3, num_warps=4, num_stages=2),
     ExpandPlan(block_n=32, block_r=16, num_warps=4, num_stages=2),
 )
+
+SMALL_DECODE = DecodePlan(block_k=16, shrink_warps=4, block_n=32, expand_warps=4, dot_n=16)
+DECODES = pytest.mark.parametrize("plan", [SMALL, SMALL_DECODE], ids=["tiles", "decode"])
 
 
 class Product(NamedTuple):
@@ -101,8 +112,8 @@ def make_blocks(
     return shape.view(torch.from_numpy(packed).to(pool.a.device))
 
 
-def make_scratch(blocks: LoraBlocks, product: Product, plan: LoraPlan) -> Tensor:
-    size = plan.shrink.splits * blocks.token_index.shape[0] * len(product.widths) * blocks.max_rank
+def make_scratch(blocks: LoraBlocks, product: Product, plan: AnyPlan) -> Tensor:
+    size = plan.parts(product.in_features) * blocks.token_index.shape[0] * len(product.widths) * blocks.max_rank
     return torch.full((size,), torch.nan, device=blocks.start.device)
 
 
@@ -144,9 +155,10 @@ def test_parity(
     ahead = replace(SMALL, expand=replace(SMALL.expand, ahead=True))
     for operation, arguments in (
         (lora.lora_add, {"plan": ahead if popularity == "zipf" else SMALL}),
+        *([(lora.lora_add, {"plan": SMALL_DECODE})] if block_tokens == 16 else []),
         (reference.lora_add, {}),
     ):
-        got, scratch = y.clone(), make_scratch(blocks, product, SMALL)
+        got, scratch = y.clone(), make_scratch(blocks, product, arguments.get("plan", SMALL))
         operation(got, x, pool.a, pool.b, blocks, product.widths, scratch, **arguments)
         assert_close(got, y, want, TOLERANCE[dtype], token_owner)
 
@@ -169,7 +181,8 @@ def test_the_plan_of_the_table_serves_any_product(product: Product, block_tokens
     assert_close(got, y, expected(x, y, pool, token_owner), 1e-6, token_owner)
 
 
-def test_the_same_bits_every_time_and_wherever_the_tokens_stand() -> None:
+@DECODES
+def test_the_same_bits_every_time_and_wherever_the_tokens_stand(plan: AnyPlan) -> None:
     """A token's result depends neither on its neighbours nor on its place in the batch."""
     generator = torch.Generator(DEVICE).manual_seed(4)
     product = Product(64, (48, 48))
@@ -181,9 +194,8 @@ def test_the_same_bits_every_time_and_wherever_the_tokens_stand() -> None:
     def run(order: list[int]) -> Tensor:
         blocks = make_blocks((1,) * 20, [owner[i] for i in order], pool, 16)
         got = y[order]
-        lora.lora_add(
-            got, x[order], pool.a, pool.b, blocks, product.widths, make_scratch(blocks, product, SMALL), SMALL
-        )
+        scratch = make_scratch(blocks, product, plan)
+        lora.lora_add(got, x[order], pool.a, pool.b, blocks, product.widths, scratch, plan)
         return got
 
     order = random.Random(2).sample(range(20), 20)
@@ -192,8 +204,11 @@ def test_the_same_bits_every_time_and_wherever_the_tokens_stand() -> None:
     assert torch.equal(first[order], run(order))
 
 
-def test_rows_of_a_larger_buffer_and_unused_room_in_the_tables() -> None:
-    """x and y may be parts of wider rows; blocks beyond the batch's do nothing, whatever their other entries say."""
+@DECODES
+@pytest.mark.parametrize("spare", [1, 3, 7])
+def test_rows_of_a_larger_buffer_and_unused_room_in_the_tables(plan: AnyPlan, spare: int) -> None:
+    """x and y may be parts of wider rows; blocks beyond the batch's do nothing of their own, whatever their other
+    entries say."""
     generator = torch.Generator(DEVICE).manual_seed(5)
     product = Product(32, (32, 16))
     pool = make_pool(product, (4, 6), torch.float32, generator)
@@ -201,9 +216,9 @@ def test_rows_of_a_larger_buffer_and_unused_room_in_the_tables() -> None:
     wide_y = torch.randn(5, 64, generator=generator, device=DEVICE)
     x, y = wide_x[:, 3:35], wide_y[:, 8:56]
     owner = [0, None, 1, 0, 1]
-    blocks = make_blocks((1,) * 5, owner, pool, 16, spare=3)
+    blocks = make_blocks((1,) * 5, owner, pool, 16, spare=spare)
     want, before = expected(x, y, pool, owner), wide_y.clone()
-    lora.lora_add(y, x, pool.a, pool.b, blocks, product.widths, make_scratch(blocks, product, SMALL), SMALL)
+    lora.lora_add(y, x, pool.a, pool.b, blocks, product.widths, make_scratch(blocks, product, plan), plan)
     assert_close(y, before[:, 8:56], want, 1e-6, owner)
     assert torch.equal(wide_y[:, :8], before[:, :8])
     assert torch.equal(wide_y[:, 56:], before[:, 56:])
@@ -221,7 +236,9 @@ def test_tables_group_tokens_by_adapter_in_blocks() -> None:
     assert blocks.rank[:4].tolist() == [5, 5, 2, 2]
     assert blocks.token_index[:10].tolist() == [0, 8, 9, 10, 11, 1, 2, 3, 4, 5]
     assert blocks.row_index[:7].tolist() == [0, 1, 2, 3, 12, 20, 21]
+    assert blocks.count.tolist() == [4]
     assert shape.fill(packed, [7], [None]) == 0
+    assert blocks.count.tolist() == [0]
     assert blocks.length.tolist() == [0] * 5
 
 

@@ -15,9 +15,20 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from server.kernels.lora_blocks import LoraBlocks
-from server.kernels.triton.plans import LoraPlan, lora_plan
+from server.kernels.triton.lora_decode import MAX_SLICES, decode_expand, decode_shrink
+from server.kernels.triton.plans import AnyPlan, DecodePlan, lora_plan
 
-MAX_SLICES = 3
+# Not by alignment or value: the tables' places in their buffer change with the batch, and each variant is a
+# compilation of seconds in the midst of serving.
+_UNSPECIALIZED = [
+    "token_index",
+    "row_index",
+    "starts",
+    "lengths",
+    "first_rows",
+    "ranks",
+    "split_steps",
+]
 
 
 def lora_add(
@@ -28,7 +39,7 @@ def lora_add(
     blocks: LoraBlocks,
     widths: Sequence[int],
     scratch: Tensor,
-    plan: LoraPlan | None = None,
+    plan: AnyPlan | None = None,
 ) -> None:
     """Add the low-rank term to y [n, sum(widths)] in place, as `reference.lora.lora_add` defines it.
 
@@ -37,15 +48,18 @@ def lora_add(
     """
     plan = plan or lora_plan(x.shape[1], widths, blocks.num_blocks, blocks.block_tokens, x.device)
     lora_shrink(x, a, blocks, scratch, plan)
-    lora_expand(y, b, blocks, widths, scratch, plan)
+    lora_expand(y, b, blocks, x.shape[1], scratch, plan)
 
 
-def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan: LoraPlan) -> None:
+def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan: AnyPlan) -> None:
     """scratch [splits, tokens, slices, max_rank] = parts of A x, for tokens in the order of `blocks.token_index`."""
-    shrink, (num_slices, in_features) = plan.shrink, a.shape[1:]
     assert a.is_contiguous(), "a's rows must follow each other"
     assert x.stride(1) == 1, "x must be contiguous along its features"
     assert a.dtype == x.dtype, f"{a.dtype} weights for {x.dtype} input"
+    if isinstance(plan, DecodePlan):
+        decode_shrink(x, a, blocks, scratch, plan)
+        return
+    shrink, (num_slices, in_features) = plan.shrink, a.shape[1:]
     assert scratch.numel() >= shrink.splits * _split_stride(blocks, num_slices), "scratch is too small for the plan"
     steps = triton.cdiv(in_features, shrink.block_k)
     _shrink_kernel[(blocks.num_blocks, shrink.programs, shrink.splits)](
@@ -56,9 +70,9 @@ def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan:
         x.stride(0),
         _split_stride(blocks, num_slices),
         triton.cdiv(steps, shrink.splits),
+        blocks.max_rank,
         IN=in_features,
         SLICES=num_slices,
-        MAX_RANK=blocks.max_rank,
         BLOCK_M=max(16, blocks.block_tokens),
         BLOCK_K=shrink.block_k,
         BLOCK_R=shrink.block_r,
@@ -72,13 +86,16 @@ def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan:
 
 
 def lora_expand(
-    y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, widths: Sequence[int], scratch: Tensor, plan: LoraPlan
+    y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, in_features: int, scratch: Tensor, plan: AnyPlan
 ) -> None:
-    """y += B h, with h the sum of the parts in scratch."""
-    expand, num_slices = plan.expand, len(b)
-    assert len(widths) == num_slices <= MAX_SLICES, f"{num_slices} slices for {len(widths)} widths"
+    """y += B h, with h the sum of the parts in scratch, which the shrink made of `in_features`."""
+    assert len(b) <= MAX_SLICES, f"{len(b)} slices"
     assert all(weight.is_contiguous() and weight.dtype == y.dtype for weight in b), "b must be contiguous, of y's dtype"
     assert y.stride(1) == 1, "y must be contiguous along its features"
+    if isinstance(plan, DecodePlan):
+        decode_expand(y, b, blocks, in_features, scratch, plan)
+        return
+    expand, num_slices, widths = plan.expand, len(b), [weight.shape[1] for weight in b]
     column_tiles = sum(triton.cdiv(width, expand.block_n) for width in widths)
     padded = [*widths, *[0] * (MAX_SLICES - num_slices)]
     _expand_kernel[(column_tiles, blocks.num_blocks)](
@@ -89,11 +106,11 @@ def lora_expand(
         *_tables(blocks),
         y.stride(0),
         _split_stride(blocks, num_slices),
+        blocks.max_rank,
         W0=padded[0],
         W1=padded[1],
         W2=padded[2],
         SLICES=num_slices,
-        MAX_RANK=blocks.max_rank,
         SPLITS=plan.shrink.splits,
         BLOCK_M=max(16, blocks.block_tokens),
         BLOCK_N=expand.block_n,
@@ -127,7 +144,7 @@ def _dot(left, right, acc, WIDEN: tl.constexpr):
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["split_steps"])
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _shrink_kernel(
     x,
     a,
@@ -141,9 +158,9 @@ def _shrink_kernel(
     x_stride,
     split_stride,
     split_steps,
+    max_rank,
     IN: tl.constexpr,
     SLICES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -186,12 +203,12 @@ def _shrink_kernel(
                 xs = tl.load(x_tile + k, mask=is_token[:, None] & is_feature, other=0.0)
                 weights = tl.load(a_tile + k, mask=is_row[:, None] & is_feature, other=0.0)
             acc = _dot(xs, tl.trans(weights), acc, WIDEN)
-        out = h + split * split_stride + (start + tokens)[:, None] * (SLICES * MAX_RANK)
-        out += (f % SLICES * MAX_RANK + f // SLICES)[None, :]
+        out = h + split * split_stride + (start + tokens)[:, None] * (SLICES * max_rank)
+        out += (f % SLICES * max_rank + f // SLICES)[None, :]
         tl.store(out, acc, mask=is_token[:, None] & is_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _expand_kernel(
     y,
     b0,
@@ -206,11 +223,11 @@ def _expand_kernel(
     ranks,
     y_stride,
     split_stride,
+    max_rank,
     W0: tl.constexpr,
     W1: tl.constexpr,
     W2: tl.constexpr,
     SLICES: tl.constexpr,
-    MAX_RANK: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -232,23 +249,24 @@ def _expand_kernel(
     tile = tl.program_id(0)
     rows = row_index + first_row
     tokens = token_index + start
-    h += start * (SLICES * MAX_RANK)
+    h_stride = SLICES * max_rank
+    h += start * h_stride
     tiles0: tl.constexpr = (W0 + BLOCK_N - 1) // BLOCK_N
     tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
     if tile < tiles0:
-        _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, tile,
-                     W0, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+        _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, h_stride, tile,
+                     W0, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
     elif SLICES == 2:
-        _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
-                     W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+        _expand_tile(y + W0, b1, h + max_rank, tokens, rows, length, rank, y_stride, split_stride, h_stride,
+                     tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
     elif SLICES == 3:
         if tile < tiles0 + tiles1:
-            _expand_tile(y + W0, b1, h + MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile - tiles0,
-                         W1, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+            _expand_tile(y + W0, b1, h + max_rank, tokens, rows, length, rank, y_stride, split_stride, h_stride,
+                         tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
         else:
             tile -= tiles0 + tiles1
-            _expand_tile(y + W0 + W1, b2, h + 2 * MAX_RANK, tokens, rows, length, rank, y_stride, split_stride, tile,
-                         W2, SLICES * MAX_RANK, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+            _expand_tile(y + W0 + W1, b2, h + 2 * max_rank, tokens, rows, length, rank, y_stride, split_stride,
+                         h_stride, tile, W2, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
 
 
 @triton.jit
@@ -262,9 +280,9 @@ def _expand_tile(
     rank,
     y_stride,
     split_stride,
+    h_stride,
     tile,
     WIDTH: tl.constexpr,
-    H_STRIDE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -288,7 +306,7 @@ def _expand_tile(
     if AHEAD:
         before = tl.load(out, mask=is_out, other=0.0)
     for _ in range(0, rank, BLOCK_R):
-        part = h + tokens[:, None] * H_STRIDE + r[None, :]
+        part = h + tokens[:, None] * h_stride + r[None, :]
         is_part = is_token[:, None] & (r < rank)[None, :]
         hidden = tl.load(part, mask=is_part, other=0.0)
         for split in tl.static_range(1, SPLITS):

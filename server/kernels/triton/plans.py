@@ -46,10 +46,37 @@ class LoraPlan:
     expand: ExpandPlan
     early: bool = False
 
+    def parts(self, in_features: int) -> int:
+        """Parts of h that the shrink writes and the expand sums."""
+        return self.shrink.splits
+
+
+RANK_TILE = 16  # rank rows that a decode's program has in flight at once
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Both launches of a decode's product. The shrink's program takes one block of tokens, one slice and `block_k`
+    input features, the expand's one block and `block_n` output columns of one slice; each asks for its weights at once.
+    Where several tokens share them, the expand goes `dot_n` columns at a time. `early` as for LoraPlan."""
+
+    block_k: int
+    shrink_warps: int
+    block_n: int
+    expand_warps: int
+    dot_n: int = 256
+    early: bool = False
+
+    def parts(self, in_features: int) -> int:
+        """Parts of h that the shrink writes and the expand sums."""
+        return -(-in_features // self.block_k)
+
+
+AnyPlan = LoraPlan | DecodePlan
 
 # Measured on an H200 by `python -m benchmarks.kernels --tune`, which prints these lines: (kind, input features up to,
 # output columns up to, blocks from) → plan.
-_HOPPER: Mapping[tuple[str, int, int, int], LoraPlan] = {
+_HOPPER: Mapping[tuple[str, int, int, int], AnyPlan] = {
     ("decode", 4096, 8192, 0): LoraPlan(ShrinkPlan(256, 16, 3, 16, 4, 3), ExpandPlan(128, 16, 4, 1, True), early=True),
     ("decode", 4096, 8192, 2): LoraPlan(ShrinkPlan(128, 16, 3, 8, 2, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
     ("decode", 4096, 8192, 17): LoraPlan(ShrinkPlan(128, 16, 3, 4, 2, 4), ExpandPlan(256, 16, 4, 1, False), early=True),
@@ -74,9 +101,15 @@ _PREFILL_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 
 def lora_plan(
     in_features: int, widths: Sequence[int], num_blocks: int, block_tokens: int, device: torch.device
-) -> LoraPlan:
+) -> AnyPlan:
     """The plan of the product [in_features] → widths over `num_blocks` blocks."""
     return _lora_plan(in_features, tuple(widths), num_blocks, block_tokens, device)
+
+
+def lora_plans(in_features: int, widths: Sequence[int], block_tokens: int, device: torch.device) -> frozenset[AnyPlan]:
+    """Every plan that `lora_plan` has for some number of blocks."""
+    counts = range(1, _PREFILL_PROGRAMS + 1)  # with more blocks than that, nothing is split any more
+    return frozenset(lora_plan(in_features, widths, count, block_tokens, device) for count in counts)
 
 
 def lora_scratch_size(
@@ -84,7 +117,7 @@ def lora_scratch_size(
 ) -> int:
     """float32 elements of scratch that serve every one of `products` (in_features, widths) over blocks of `shape`."""
     return max(
-        lora_plan(in_features, widths, shape.blocks, shape.block_tokens, device).shrink.splits
+        lora_plan(in_features, widths, shape.blocks, shape.block_tokens, device).parts(in_features)
         * (shape.tokens * len(widths) * shape.max_rank)
         for in_features, widths in products
     )
@@ -102,7 +135,7 @@ def plan_key(in_features: int, widths: Sequence[int], num_blocks: int, block_tok
 @cache
 def _lora_plan(
     in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int, device: torch.device
-) -> LoraPlan:
+) -> AnyPlan:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER_CAPABILITY:
         measured = _HOPPER.get(plan_key(in_features, widths, num_blocks, block_tokens))
         if measured is not None:
