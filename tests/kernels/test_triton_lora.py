@@ -252,6 +252,15 @@ def test_tables_too_small_for_a_batch_are_refused() -> None:
             shape.fill(np.zeros(shape.size, dtype=np.int32), [4, 2], rows)
 
 
+@pytest.mark.parametrize("product", [Product(4096, (4096, 1024, 1024)), Product(576, (576,))], ids=str)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_no_batch_needs_a_plan_that_is_not_known_ahead(product: Product, block_tokens: int) -> None:
+    """What is compiled at start-up is all that serving needs, and is little."""
+    known = lora_plans(*product, block_tokens, DEVICE)
+    assert len(known) <= 4
+    assert {lora_plan(*product, count, block_tokens, DEVICE) for count in range(1, 3000)} <= known
+
+
 LLAMA_8B = {
     "qkv": Product(4096, (4096, 1024, 1024)),
     "o": Product(4096, (4096,)),

@@ -157,6 +157,7 @@ def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> 
 def _prefill_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int) -> LoraPlan:
     block_k = min(64, max(16, _power_of_two(in_features)))
     splits = max(1, min(_PREFILL_PROGRAMS // max(1, num_blocks), 8, in_features // (4 * block_k)))
+    splits = 1 << (splits.bit_length() - 1)  # few kernels to compile
     warps = 8 if block_tokens >= 128 else 4
     shrink = ShrinkPlan(block_k, 16 * _power_of_two(len(widths)), 1, splits, warps, num_stages=4)
     return LoraPlan(shrink, ExpandPlan(min(128, _power_of_two(max(widths))), 16, warps, num_stages=1))
