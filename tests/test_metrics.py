@@ -1,18 +1,27 @@
 """The metrics as a scraper reads them: from the text of the page."""
 
+import bisect
+import math
 import os
 import subprocess
 import sys
 import time
 import urllib.request
+from types import SimpleNamespace
 
+import msgspec
+import pynvml
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.messages import AdapterLoad, Ready, ResidentAdapter, Stats
 from server.errors import ConfigError
 from server.metrics import Metrics, MetricsPage
+from server.metrics.gpus import GpuMemory, NvidiaDriver
+from server.metrics.metrics import FIRST_TOKEN_BUCKETS
 
 READY = Ready(
     device="cpu", dtype="bfloat16", max_model_len=1024, max_num_seqs=8, max_batch_tokens=256, page_size=16, num_pages=64
@@ -66,9 +75,10 @@ def test_tokens_and_their_times() -> None:
     metrics.output_tokens(adapter="pirate", count=0, seconds=0.0)  # a single token has no time between tokens
     metrics.prompt_tokens(adapter="pirate", count=20, cached=16)
     metrics.generation_tokens(adapter="pirate", count=11)
-    assert value(metrics, "time_to_first_token_seconds_sum", adapter="pirate", residency="disk") == 0.3
-    assert value(metrics, "time_per_output_token_seconds_sum", adapter="pirate") == pytest.approx(0.05)
-    assert value(metrics, "time_per_output_token_seconds_count", adapter="pirate") == 1
+    pirate = {"adapter": "pirate", "quantization": "none"}
+    assert value(metrics, "time_to_first_token_seconds_sum", **pirate, residency="disk") == 0.3
+    assert value(metrics, "time_per_output_token_seconds_sum", **pirate) == pytest.approx(0.05)
+    assert value(metrics, "time_per_output_token_seconds_count", **pirate) == 1
     assert value(metrics, "prompt_tokens_total", adapter="pirate") == 20
     assert value(metrics, "prompt_cached_tokens_total", adapter="pirate") == 16
     assert value(metrics, "generation_tokens_total", adapter="pirate") == 11
@@ -107,7 +117,106 @@ def test_a_snapshot_of_the_engine_becomes_gauges() -> None:
     assert value(metrics, "adapter_leases") == 3
     assert value(metrics, "memory_bytes", kind="weights", device="cpu") == 1000
     assert value(metrics, "memory_bytes", kind="kv", device="cpu") == 500
-    assert value(metrics, "engine_info", device="cpu", dtype="bfloat16") == 1
+    assert value(metrics, "engine_info", device="cpu", dtype="bfloat16", quantization="none") == 1
+    assert value(metrics, "adapter_slots", tier="device") == 2
+    in_memory = {"adapter": "pirate", "tier": "device", "pinned": "false"}
+    assert value(metrics, "adapter_loaded", **in_memory) == 1
+    assert value(metrics, "adapter_loaded", **{**in_memory, "tier": "host"}) == 1
+    assert value(metrics, "adapter_loaded", adapter="json", tier="device", pinned="true") == 1
+    assert labels_of(metrics, "adapter_loaded", "adapter") == {"pirate", "json", "sql"}
+
+
+def test_loaded_adapters_keep_to_the_cap_of_labels() -> None:
+    metrics = Metrics(max_adapters=1)
+    adapters = [ResidentAdapter(f"sha256:{i}", "device", 100, 0) for i in (1, 2, 3, 4)]
+    adapters.append(ResidentAdapter("sha256:unheard of", "device", 100, 0))
+    metrics.engine_stats(stats(adapters=adapters), NAMES)
+    on_device = {"tier": "device", "pinned": "false"}
+    assert value(metrics, "adapter_loaded", adapter="pirate", **on_device) == 2  # two versions of one name
+    assert value(metrics, "adapter_loaded", adapter="_other", **on_device) == 3
+
+
+def test_a_4_bit_engine_s_times_are_told_from_a_16_bit_one_s() -> None:
+    metrics = Metrics()
+    metrics.engine_started(msgspec.structs.replace(READY, quantization="nf4"))
+    metrics.first_token(adapter="", residency="device", seconds=0.25)
+    metrics.output_tokens(adapter="", count=1, seconds=0.25)
+    assert labels_of(metrics, "time_to_first_token_seconds_sum", "quantization") == {"nf4"}
+    assert labels_of(metrics, "time_per_output_token_seconds_sum", "quantization") == {"nf4"}
+
+
+def test_gpus_show_what_the_driver_says_and_what_the_engine_holds() -> None:
+    metrics = Metrics(driver=lambda: [GpuMemory("0", 7000, 8000), GpuMemory("1", 100, 8000)])
+    metrics.engine_started(msgspec.structs.replace(READY, device="cuda:0"))
+    metrics.engine_stats(stats(memory={"weights": 4000, "kv": 1000}), NAMES)
+    assert [value(metrics, "gpu_memory_used_bytes", gpu=gpu) for gpu in "01"] == [7000, 100]
+    assert value(metrics, "gpu_memory_total_bytes", gpu="1") == 8000
+    kinds = {kind: value(metrics, "gpu_memory_bytes", gpu="0", kind=kind) for kind in ("weights", "kv", "other")}
+    assert kinds == {"weights": 4000, "kv": 1000, "other": 2000}
+    assert labels_of(metrics, "gpu_memory_bytes", "gpu") == {"0"}, "the engine is not on the other"
+    metrics.engine_restarted()
+    assert labels_of(metrics, "gpu_memory_bytes", "gpu") == set(), "of an engine that is gone"
+
+
+def test_without_a_driver_there_are_no_series_of_gpus() -> None:
+    metrics = Metrics(driver=NvidiaDriver({}))
+    metrics.engine_started(msgspec.structs.replace(READY, device="cuda:0"))
+    metrics.engine_stats(stats(memory={"weights": 4000}), NAMES)
+    assert ("lorikeet_gpu_memory_used_bytes" in page(metrics)) == bool(NvidiaDriver({})())
+
+
+def test_gpus_are_numbered_as_cuda_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {0: 10, 1: 11, 2: 12, "GPU-c": 13}
+
+    def handle(name: int | str) -> int:
+        if name not in sizes:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return sizes[name]
+
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", handle)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda size: SimpleNamespace(used=size, total=100))
+
+    def used(visible: str | None) -> list[tuple[str, int]]:
+        environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        return [(memory.gpu, memory.used) for memory in NvidiaDriver(environment)()]
+
+    assert used(None) == [("0", 10), ("1", 11), ("2", 12)]
+    assert used("2, GPU-c") == [("0", 12), ("1", 13)]
+    assert used("1,9,0") == [("0", 11)], "CUDA stops at the first that is not there"
+    assert used("") == []
+
+
+def test_opentelemetry_s_names_have_the_same_numbers_over_all_adapters() -> None:
+    metrics = Metrics()
+    for adapter, seconds in (("pirate", 0.03), ("json", 0.3), ("", 3.0)):
+        metrics.first_token(adapter=adapter, residency="device", seconds=seconds)
+    metrics.request_done(method="Generate", code="OK", adapter="", seconds=2.0, queue_seconds=0.0)
+    named = frozenset({("gen_ai_operation_name", "text_completion"), ("gen_ai_provider_name", "lorikeet")})
+    found = samples(metrics)
+    first = "gen_ai_server_time_to_first_token_seconds"
+    assert found[f"{first}_count", named] == 3
+    assert found[f"{first}_sum", named] == pytest.approx(3.33)
+    assert found[f"{first}_bucket", named | {("le", "0.5")}] == 2
+    assert found["gen_ai_server_request_duration_seconds_sum", named] == 2.0
+
+
+@given(st.lists(st.floats(0.0001, 20), min_size=1, max_size=50), st.sampled_from([0.5, 0.95]))
+def test_quantiles_from_buckets_are_in_the_bucket_of_the_true_one(values: list[float], share: float) -> None:
+    metrics = Metrics()
+    for seconds in values:
+        metrics.first_token(adapter="a", residency="device", seconds=seconds)
+    traffic = metrics.traffic()["a"]
+    found = traffic.first_token[0 if share == 0.5 else 1]
+    assert found is not None
+    assert traffic.requests == len(values)
+    true = sorted(values)[math.ceil(share * len(values)) - 1]
+    bounds = (0.0, *FIRST_TOKEN_BUCKETS)
+    i = bisect.bisect_left(bounds, true)
+    low, high = (bounds[i - 1], bounds[i]) if i < len(bounds) else (bounds[-1], bounds[-1])
+    assert low <= found <= high + 1e-9
 
 
 def test_memory_on_a_gpu_is_told_from_memory_on_the_cpu() -> None:
@@ -228,7 +337,7 @@ def test_names_and_help_keep_to_prometheus_conventions() -> None:
     metrics.engine_started(READY, pid=os.getpid())
     metrics.engine_stats(stats(), NAMES)
     for family in text_string_to_metric_families(page(metrics)):
-        assert family.name.startswith("lorikeet_") or family.name == "vllm:lora_requests_info"
+        assert family.name.startswith(("lorikeet_", "gen_ai_server_")) or family.name == "vllm:lora_requests_info"
         assert family.documentation.endswith("."), family.name
         if family.type == "histogram":
             assert family.name.endswith("_seconds")

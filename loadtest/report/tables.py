@@ -28,7 +28,7 @@ class Table:
 
 def speed(report: Report) -> Table:
     """Throughput, and percentiles of both latencies, of each mode at each load."""
-    head = ("mode", "users", "tokens/s", "requests/s")
+    head: tuple[str, ...] = ("mode", "users", "tokens/s", "requests/s")
     times = [(key, share) for key in ("ttft_seconds", "tpot_seconds") for share in ("p50", "p95", "p99")]
     head += tuple(f"{key[:4].upper()} {share}, ms" for key, share in times)
     rows = []

@@ -12,6 +12,7 @@ from server.engine.messages import Ready, Stats
 from server.metrics.labels import OTHER_LABEL, AdapterLabels
 
 TIERS = ("host", "device")
+ADAPTER_LABELS = ("adapter", "tier", "pinned")
 
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
@@ -85,15 +86,19 @@ class EngineGauges(Collector):
         self._ready = ready
 
     def engine_lost(self) -> None:
+        self.stats: Stats | None = None
         self._families = self._load(0, 0, 0.0, 0)
 
     def update(self, stats: Stats, names: Mapping[str, str]) -> None:
         """`names` is digest → the name of a published adapter."""
+        self.stats = stats
         kv_usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
         leases = sum(adapter.leases for adapter in stats.adapters if adapter.tier == "device")
         self._families = (
             *self._load(stats.num_running, stats.num_waiting, kv_usage, leases),
             *self._tiers(stats),
+            self._adapters(stats, names),
+            self._slots(stats),
             self._memory(stats),
             self._waiting(stats, names),
             self._router_info(stats, names),
@@ -121,6 +126,29 @@ class EngineGauges(Collector):
             size.add_metric([tier], stats.adapter_bytes.get(tier, 0))
         return loaded, pinned, size
 
+    def _adapters(self, stats: Stats, names: Mapping[str, str]) -> Metric:
+        loaded = _gauge(
+            "adapter_loaded", "Versions of an adapter in a tier of memory, pinned there or not.", *ADAPTER_LABELS
+        )
+        counts: Count[tuple[str, str, str]] = Count()
+        for adapter in stats.adapters:
+            pinned = "true" if adapter.pinned else "false"
+            counts[self._named(adapter.digest, names), adapter.tier, pinned] += 1
+        for labels, count in counts.items():
+            loaded.add_metric(labels, count)
+        return loaded
+
+    def _slots(self, stats: Stats) -> Metric:
+        slots = _gauge(
+            "adapter_slots", "Adapters that a tier of memory holds, if all are like those that are there.", "tier"
+        )
+        num_on_device = sum(adapter.tier == "device" for adapter in stats.adapters)
+        slots.add_metric(["device"], self._max_adapters(stats, num_on_device))
+        return slots
+
+    def _named(self, digest: str, names: Mapping[str, str]) -> str:
+        return self._label(names[digest]) if digest in names else OTHER_LABEL
+
     def _memory(self, stats: Stats) -> Metric:
         memory = _gauge("memory_bytes", "Memory of the engine's device by use, in bytes.", "kind", "device")
         device = "gpu" if self._ready is not None and self._ready.device.startswith("cuda") else "cpu"
@@ -132,7 +160,7 @@ class EngineGauges(Collector):
         waiting = _gauge("adapter_requests_waiting", "Requests in the engine's queue, by their adapter.", "adapter")
         counts: Count[str] = Count()
         for digest, count in stats.waiting_by_adapter.items():
-            counts[self._label(names[digest]) if digest in names else OTHER_LABEL] += count
+            counts[self._named(digest, names)] += count
         for label, count in counts.items():
             waiting.add_metric([label], count)
         return waiting

@@ -20,3 +20,7 @@ class AdapterLabels:
             self._names.add(name)
             return name
         return OTHER_LABEL
+
+    def known(self, name: str) -> str:
+        """The label that it has, or would share; none is given."""
+        return BASE_LABEL if not name else name if name in self._names else OTHER_LABEL

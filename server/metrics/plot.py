@@ -52,6 +52,7 @@ def line_plot(
     x_label: str,
     y_label: str = "",
     x_from: float = 0.0,
+    x_to: float | None = None,
     x_format: Format = lambda value: f"{value:g}",
     marks: bool = True,
     size: tuple[int, int] = (620, 340),
@@ -61,7 +62,7 @@ def line_plot(
     legend = _legend([(line.name, line.color, line.dashed) for line in series], width) if len(series) > 1 else []
     top = _TOP + _ROW * max(0, len({y for _, y in legend}) - 1) - (0 if legend else 18)
     points = [point for line in series for point in line.points]
-    x_ticks = ticks(x_from, max((x for x, _ in points), default=1.0), 6)
+    x_ticks = ticks(x_from, max((x for x, _ in points), default=1.0) if x_to is None else x_to, 6)
     y_ticks = ticks(0.0, max((y for _, y in points), default=1.0), 4)
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -101,17 +102,17 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, title: str,
         parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="var(--c{i % NUM_COLORS})"/>')
         parts.append(f'<text x="{x + 16}" y="{y}">{escape(name)}</text>')
     for i, (label, row) in enumerate(rows):
-        y, x = top + i * 26, left
+        y, right = top + i * 26, left
         parts.append(f'<text x="8" y="{y + 14}">{escape(label)}</text>')
         for name, value in row:
             long, color = value / most * room, names.index(name) % NUM_COLORS
             hint = f"<title>{escape(f'{label} {name}: {form(value)}'.strip())}</title>"
             parts.append(
-                f'<rect class="bar" x="{x:.1f}" y="{y}" width="{long:.1f}" height="18" fill="var(--c{color})">'
+                f'<rect class="bar" x="{right:.1f}" y="{y}" width="{long:.1f}" height="18" fill="var(--c{color})">'
                 f"{hint}</rect>"
             )
-            x += long
-        parts.append(f'<text x="{x + 8:.1f}" y="{y + 14}">{escape(form(sum(value for _, value in row)))}</text>')
+            right += long
+        parts.append(f'<text x="{right + 8:.1f}" y="{y + 14}">{escape(form(sum(value for _, value in row)))}</text>')
     return _svg("bars", title, width, top + 26 * len(rows) + 6, parts)
 
 

@@ -4,13 +4,15 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
+from adapters.errors import StoreUnavailable
+from adapters.registry import AdapterEntry
 from server.base.resolve import BaseModel
 from server.config import ServeConfig
 from server.metrics import Metrics, MetricsPage
@@ -22,6 +24,10 @@ from server.rpc.listener import listen
 
 # Time for the last messages of calls that have ended, and for health watchers, to leave the process.
 FLUSH_SECONDS = 0.3
+
+# Adapters on the status page, and how long the store may take to list them.
+MAX_LISTED = 1000
+LISTING_SECONDS = 5.0
 
 SERVICES = (service_inference.DESCRIPTOR, service_adapters.DESCRIPTOR, service_server.DESCRIPTOR)
 
@@ -39,7 +45,17 @@ async def run(
     before a model is loaded, and probes are answered meanwhile."""
     calls = Calls(metrics)
     checks = health.Health([service.full_name for service in SERVICES])
-    page = MetricsPage(metrics, config.metrics_host, config.metrics_port)
+    loop = asyncio.get_running_loop()
+
+    def published() -> Sequence[AdapterEntry]:
+        """For the status page's thread. Raises what the catalog raises, StoreUnavailable when that takes too long."""
+        listing = asyncio.run_coroutine_threadsafe(catalog.list(MAX_LISTED, ""), loop)
+        try:
+            return listing.result(LISTING_SECONDS)[0]
+        except TimeoutError:
+            raise StoreUnavailable(f"no answer within {LISTING_SECONDS:g} s") from None
+
+    page = MetricsPage(metrics, config.metrics_host, config.metrics_port, published)
     try:
         server, port = listen(config.host, config.port, config.max_message_bytes)
         _add_services(server, config, base, backend, catalog, calls)
