@@ -21,6 +21,7 @@ from server.kernels.triton.plans import (
     LoraPlan,
     ShrinkPlan,
     lora_plan,
+    lora_plans,
     lora_scratch_size,
 )
 
