@@ -166,4 +166,9 @@ def pack_four_bit(weights: Sequence[QuantizedWeight], bias: Tensor | None = None
 
     if four_bit_cpu.supports(weights):
         return four_bit_cpu.pack(weights, bias)
+    if weights[0].packed.is_cuda:
+        from server.kernels.cuda import linear as cuda
+
+        if cuda.supports(weights):
+            return cuda.pack(weights, bias)
     return FourBitLinear(tuple(weights), bias, sum(weight.shape[0] for weight in weights))

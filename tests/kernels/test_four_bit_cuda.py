@@ -1,10 +1,17 @@
 """4-bit products in CUDA C++: the repacking, by a model of the matrix instruction."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from server.kernels.cuda.four_bit import code_pairs, repack
+from server.kernels.cuda.four_bit import COUNTERS, GROUP, code_pairs, repack
+from server.kernels.cuda.linear import RepackedFourBit
+from server.kernels.cuda.plans import RowsPlan, choose
+from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.reference.four_bit import CODES, code_table
 
 OUT, IN = 48, 512
@@ -79,3 +86,87 @@ def test_rounded_codes_err_less_than_rounded_weights(quant_type, dtype):
     error = (codes.view(OUT, IN) - weight).norm()
     assert error < 0.6 * (weight.to(dtype).double() - weight).norm()
     assert len(CODES[quant_type]) == 16
+
+
+MEASURED = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+
+
+@given(
+    st.integers(1, 2000),
+    st.sampled_from(MEASURED)
+    | st.tuples(st.integers(1, 8192).map(lambda n: 16 * n), st.integers(1, 128).map(lambda n: 256 * n)),
+)
+def test_plans_fit_the_kernels(rows, shape):
+    out, features = shape
+    plan = choose(rows, out, features)
+    if plan is None:
+        assert rows > 64
+        return
+    if isinstance(plan, RowsPlan):
+        height, width, most = plan.row_tiles * 8, plan.warps * plan.feature_tiles * 16, features // GROUP
+    else:
+        height, width, most = plan.row_tiles * 128, plan.groups * plan.feature_tiles * 64, features // 64
+    assert 1 <= plan.splits <= most
+    assert plan.splits == 1 or -(-rows // height) * -(-out // width) <= COUNTERS
+
+
+LAYERS = {"qkv": ((4096, 1024, 1024), 4096), "odd": ((48, 16, 16), 512), "down": ((4096,), 14336)}
+
+
+def weights_of(name: str, quant_type: str, dtype: torch.dtype, double: bool) -> list[QuantizedWeight]:
+    outs, features = LAYERS[name]
+    torch.manual_seed(0)
+    return [
+        quantize((torch.randn(out, features, device="cuda") * 0.02).to(dtype), quant_type, 64, double) for out in outs
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("quant_type", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("name", LAYERS)
+def test_products_on_a_gpu_err_no_more_than_16_bit_ones(
+    name: str, quant_type: str, double: bool, dtype: torch.dtype
+) -> None:
+    weights = weights_of(name, quant_type, dtype, double)
+    bias = torch.randn(sum(weight.shape[0] for weight in weights), device="cuda").to(dtype)
+    layer = pack_four_bit(weights, bias)
+    assert isinstance(layer, RepackedFourBit)
+    dense = torch.cat([dequantize(weight) for weight in weights])
+    assert torch.equal(layer.dense(), dense)
+    unrounded = torch.cat([dequantize(replace(weight, dtype=torch.float32)) for weight in weights]).double()
+    for rows in (1, 7, 16, 33, 64, 65, 200, 256, 400):
+        x = torch.randn(rows, dense.shape[1], device="cuda").to(dtype)
+        expected = x.double() @ unrounded.t()
+        plain = (torch.nn.functional.linear(x, dense) + bias).double() - bias.double()
+        error = (layer(x).double() - bias.double() - expected).norm()
+        assert error <= 1.05 * (plain - expected).norm(), rows
+        assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.gpu
+def test_a_captured_layer_follows_its_weight() -> None:
+    layer = pack_four_bit(weights_of("qkv", "nf4", torch.bfloat16, True))
+    x = torch.randn(16, 4096, device="cuda").bfloat16()
+    original, saved = layer(x), layer.save()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer(layer(x)[:, :4096].contiguous())
+    graph.replay()
+    before = captured.clone()
+    other = torch.randn(layer.out_features, 4096, device="cuda") * 0.02
+    layer.write(other)
+    assert (layer.dense().float() - other).norm() < 0.2 * other.norm()
+    graph.replay()
+    assert not torch.equal(captured, before)
+    layer.restore(saved)
+    graph.replay()
+    assert torch.equal(captured, before)
+    assert torch.equal(layer(x), original)
+
+
+@pytest.mark.gpu
+def test_only_the_repacked_weight_stays() -> None:
+    layer = pack_four_bit(weights_of("down", "nf4", torch.bfloat16, True))
+    assert layer.num_bytes <= 4096 * 14336 * (4 + 32 / 64) / 8 + 4 * COUNTERS

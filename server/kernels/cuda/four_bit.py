@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
-from server.kernels.cuda.plans import RowsPlan, TilesPlan
+from server.kernels.cuda.plans import Plan, RowsPlan, TilesPlan
 from server.kernels.reference.four_bit import CODES
 
 BLOCK_SIZE = 64
 GROUP = 256  # input features whose codes a warp reads at a time
+COUNTERS = 4096  # of blocks of outputs, where several blocks of threads share one
 _TABLE_BYTES = 256 * 32 * 4
 
 
@@ -41,7 +42,7 @@ def repack(packed: Tensor, scales: Tensor, quant_type: str, shape: tuple[int, in
     codes = packed.view(out // 16, 2, 8, features // 64, 4, 2, 4)  # tile, half, g, column of tiles, product, half, t
     codes = codes.permute(0, 3, 2, 6, 1, 4, 5).reshape(out // 16, features // 64, 32, 16)
     absmax = scales.view(out // 16, 16, features // GROUP, 4).transpose(1, 2).contiguous()
-    arrivals = torch.zeros(out // 16 * 64, dtype=torch.int32, device=device)
+    arrivals = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     return RepackedWeight(codes.contiguous(), absmax, arrivals, quant_type, out, features)
 
 
@@ -63,6 +64,11 @@ def _check_rows(x: Tensor, weight: RepackedWeight) -> None:
     assert x.stride(1) == 1, "x must be contiguous along its features"
     assert x.data_ptr() % 16 == 0, "x must start at a multiple of 16 bytes"
     assert x.stride(0) % 8 == 0, "and so must its rows"
+
+
+def multiply(x: Tensor, weight: RepackedWeight, plan: Plan) -> Tensor:
+    """x [n, in] of bfloat16 or float16 → x Wᵀ [n, out], accumulated in float32, by the kernel that the plan is for."""
+    return four_bit_rows(x, weight, plan) if isinstance(plan, RowsPlan) else four_bit_tiles(x, weight, plan)
 
 
 @cache
@@ -96,7 +102,7 @@ def four_bit_rows(x: Tensor, weight: RepackedWeight, plan: RowsPlan) -> Tensor:
     width, rows = plan.warps * plan.feature_tiles * 16, plan.row_tiles * 8
     grid = (-(-n // rows), -(-out // width), plan.splits)
     blocks = grid[0] * grid[1]
-    assert blocks <= weight.arrivals.numel(), "more blocks than counters"
+    assert plan.splits == 1 or blocks <= COUNTERS, "more blocks than counters"
     assert plan.splits <= weight.in_features // GROUP, f"{plan.splits} parts of {weight.in_features} inputs"
     partial = torch.empty(blocks * plan.splits * rows * width if plan.splits > 1 else 0, device=x.device)
     arguments = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals, n, out // 16)
@@ -136,7 +142,7 @@ def four_bit_tiles(x: Tensor, weight: RepackedWeight, plan: TilesPlan) -> Tensor
     width, rows = plan.groups * plan.feature_tiles * 64, plan.row_tiles * 128
     grid = (-(-n // rows), -(-out // width), plan.splits)
     blocks = grid[0] * grid[1]
-    assert blocks <= weight.arrivals.numel(), "more blocks than counters"
+    assert plan.splits == 1 or blocks <= COUNTERS, "more blocks than counters"
     partial = torch.empty(blocks * plan.splits * rows * width if plan.splits > 1 else 0, device=x.device)
     pairs = _exact_pairs_on(weight.quant_type, x.device)
     arguments = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals, n, out // 16)

@@ -16,9 +16,18 @@ Argument = Tensor | int | float
 
 
 @cache
-def is_available() -> bool:
-    """Whether kernels can be compiled and launched here; torch's CUDA wheels bring what it takes."""
-    return torch.cuda.is_available() and find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+def is_available(device: torch.device) -> bool:
+    """Whether kernels can be compiled and launched there: on a Hopper GPU, with NVIDIA's bindings and NVRTC, which
+    torch's CUDA wheels bring."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        return False
+    try:
+        _check(_bindings("nvrtc").nvrtcVersion())
+    except (ImportError, RuntimeError):  # bindings without the library itself
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,7 @@ def load(source: str, name: str, macros: Mapping[str, int], shared_bytes: int, d
     with torch.cuda.device(device):
         torch.empty(1, device=device)  # makes the device's context current
         major, minor = torch.cuda.get_device_capability(device)
-        suffix = "a" if (major, minor) >= (9, 0) else ""
-        binary = compile_source(source, macros, f"sm_{major}{minor}{suffix}")
+        binary = compile_source(source, macros, f"sm_{major}{minor}a")
         library = _check(driver.cuModuleLoadData(binary))
         function = _check(driver.cuModuleGetFunction(library, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MULTIPROCESSORS = 132  # of a Hopper GPU
+
 
 @dataclass(frozen=True, slots=True)
 class RowsPlan:
@@ -29,3 +31,68 @@ class TilesPlan:
     groups: int
     splits: int
     early: bool = False
+
+
+Plan = RowsPlan | TilesPlan
+
+ROW_STEPS = (8, 16, 32, 64, 384)  # up to so many rows share a plan; beyond, dequantizing first is faster
+
+# Measured on an H200 (benchmarks/results/h200-four-bit.jsonl): (out, in) → a plan for each of ROW_STEPS.
+_MEASURED: dict[tuple[int, int], tuple[Plan | None, ...]] = {
+    (6144, 4096): (
+        RowsPlan(1, 1, 8, 1, 3, 3, 8, True),
+        RowsPlan(2, 1, 8, 1, 3, 3, 8, True),
+        RowsPlan(4, 2, 4, 1, 3, 2, 5, True),
+        RowsPlan(4, 2, 4, 1, 3, 2, 2, True),
+        None,
+    ),
+    (4096, 4096): (
+        RowsPlan(1, 1, 4, 1, 3, 4, 8, True),
+        RowsPlan(2, 1, 8, 1, 3, 2, 8, True),
+        RowsPlan(4, 1, 8, 1, 3, 2, 8, True),
+        RowsPlan(4, 1, 8, 1, 3, 2, 4, True),
+        None,
+    ),
+    (28672, 4096): (
+        RowsPlan(1, 1, 4, 1, 3, 4, 2, True),
+        RowsPlan(2, 2, 8, 1, 3, 1, 1, True),
+        RowsPlan(4, 2, 8, 1, 3, 1, 1, True),
+        RowsPlan(8, 2, 8, 1, 3, 1, 1, True),
+        TilesPlan(1, 2, 2, 1, True),
+    ),
+    (4096, 14336): (
+        RowsPlan(1, 1, 4, 2, 3, 4, 8, True),
+        RowsPlan(2, 1, 8, 2, 3, 2, 8, True),
+        RowsPlan(4, 1, 8, 1, 3, 2, 8, True),
+        RowsPlan(4, 2, 4, 1, 3, 2, 4, True),
+        TilesPlan(1, 2, 2, 4, True),
+    ),
+}
+
+
+def choose(rows: int, out_features: int, in_features: int) -> Plan | None:
+    """The plan of x [rows, in] Wᵀ for W [out, in]. None: dequantize W, then multiply."""
+    step = next((i for i, most in enumerate(ROW_STEPS) if 0 < rows <= most), None)
+    if step is None:
+        return None
+    if (plans := _MEASURED.get((out_features, in_features))) is not None:
+        return plans[step]
+    return _estimate(step, rows, out_features, in_features)
+
+
+def _estimate(step: int, rows: int, out_features: int, in_features: int) -> Plan | None:
+    """What the measured shapes suggest for another: the same tiles, and as many parts as fill the multiprocessors."""
+    if step == len(ROW_STEPS) - 1:
+        blocks = -(-out_features // 128) * -(-rows // 256)
+        parts = _parts(blocks, MULTIPROCESSORS, in_features // 64)
+        return TilesPlan(1, 2, 2, parts, True)
+    row_tiles, feature_tiles, warps, resident = ((1, 1, 8, 3), (2, 1, 8, 2), (4, 1, 8, 2), (4, 2, 4, 2))[step]
+    blocks = -(-out_features // (feature_tiles * warps * 16)) * -(-rows // (row_tiles * 8))
+    parts = _parts(blocks, MULTIPROCESSORS * resident, in_features // 256)
+    return RowsPlan(row_tiles, feature_tiles, warps, 1, 3, resident, parts, True)
+
+
+def _parts(blocks: int, room: int, most: int) -> int:
+    """Parts of the inputs with which `blocks` blocks of outputs fill room for `room` well; a part costs about 2 %."""
+    candidates = range(1, min(8, most) + 1)
+    return min(candidates, key=lambda parts: -(-blocks * parts // room) / parts * (1 + 0.02 * parts))
