@@ -8,7 +8,7 @@ Shapes use n = tokens of the batch, h = hidden size, d = head size.
 
 from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.layer import add_rms_norm, rms_norm, rope_and_store, silu_mul
-from server.kernels.linear import Linear, PackedLinear, pack_linear, side_by_side
+from server.kernels.linear import Linear, PackedLinear, linear_silu_mul, pack_linear, side_by_side
 from server.kernels.memory import reserve
 from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import rope_table
@@ -22,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "dequantize",
     "head_rows",
+    "linear_silu_mul",
     "lora_decode",
     "lora_segment",
     "pack_four_bit",

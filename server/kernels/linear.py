@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels.layer import silu_mul
 from server.kernels.triton.gemv_plans import gemv_plan
 
 
@@ -129,6 +130,17 @@ class SideBySide:
         ends, tensors = saved[0].tolist(), saved[1:]
         for part, (start, stop) in zip(self.parts, pairwise(ends), strict=True):
             part.restore(tensors[start:stop])
+
+
+def linear_silu_mul(linear: Linear, x: Tensor) -> Tensor:
+    """silu(gate) · up of linear(x) = [gate, up], x [n, in] → [n, out / 2]; one launch where that is faster."""
+    if isinstance(linear, PackedLinear) and linear.bias is None and not linear.blocked:
+        plan = gemv_plan(len(x), linear.weight, gated=True)
+        if plan is not None:
+            from server.kernels.triton.gemv import gemv_silu_mul
+
+            return gemv_silu_mul(x, linear.weight, plan)
+    return silu_mul(linear(x))
 
 
 def side_by_side(parts: Sequence[Linear]) -> Linear:

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.kernels import Linear, PackedLinear, add_rms_norm, rms_norm, rope_and_store, rope_table, silu_mul
+from server.kernels import (
+    Linear,
+    PackedLinear,
+    add_rms_norm,
+    linear_silu_mul,
+    rms_norm,
+    rope_and_store,
+    rope_table,
+    silu_mul,
+)
 from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
@@ -70,8 +79,8 @@ class Transformer:
         for index, layer in enumerate(self.weights.layers):
             x = self._attend(index, layer, x, cos, sin, batch, cache)
             x, residual = add_rms_norm(x, residual, layer.post_norm, eps)
-            x = _linear(layer.gate_up, x, batch.lora, "gate_up", index)
-            x = _linear(layer.down, silu_mul(x), batch.lora, "down", index)
+            x = _gate(layer.gate_up, x, batch.lora, index)
+            x = _linear(layer.down, x, batch.lora, "down", index)
             last = index + 1 == len(self.weights.layers)
             x, residual = add_rms_norm(
                 x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps
@@ -93,6 +102,13 @@ def _linear(weight: Linear, x: Tensor, lora: LowRankTerm | None, group: str, lay
     if lora is not None:
         lora.add(y, x, group, layer)
     return y
+
+
+def _gate(gate_up: Linear, x: Tensor, lora: LowRankTerm | None, layer: int) -> Tensor:
+    """silu(gate) · up [n, i]; adapters add to gate and up, so they need those by themselves."""
+    if lora is None:
+        return linear_silu_mul(gate_up, x)
+    return silu_mul(_linear(gate_up, x, lora, "gate_up", layer))
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

