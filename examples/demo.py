@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import grpc
@@ -96,6 +97,7 @@ def _train(effect: Effect, base: BaseModel, store_root: Path) -> None:
     _say(f"training {effect.adapter} on {effect.data}")
     command = [sys.executable, "-m", "trainer.cli", "fit", "--method", "lora", "--data", str(HERE / effect.data)]
     command += ["--name", effect.adapter, "--base", str(base.path), "--store", str(store_root)]
+    command += ["--run", str(store_root.parent / "runs" / f"{effect.adapter}-{datetime.now():%Y%m%d-%H%M%S}")]
     code = subprocess.run(command, check=False).returncode
     if code != 0:
         raise DemoError(f"training {effect.adapter} failed (trainer's exit code {code})")

@@ -1,25 +1,115 @@
-"""Which examples make a batch, and the batch's tensors."""
+"""Which examples make a step, and a batch's tensors."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.encoding import Example
+from trainer.packing import pack
 
 WINDOW = 16  # batches that are sorted by length together: little padding, still a different mix every epoch
+PAD_TO = 8  # tokens; what the matrix units of a GPU like
+
+Sequences = list[list[Example]]  # the rows of a step, each with the examples packed into it
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded. `targets` holds the learned tokens, `positions` the places that predict them."""
+    """Right-padded rows, without an attention mask: what is on the right is never seen from the left.
+
+    `position_ids` is None where each row is one example; else it restarts with every example (and with the padding),
+    which is how transformers knows that none of them attends to another.
+    """
 
     ids: Tensor  # [rows, length] int64
-    attention: Tensor  # [rows, length] int64, 1 where there is a token
-    positions: Tensor  # [rows, length] bool: the next token is learned
-    targets: Tensor  # [number of True in positions] int64, in row order
+    position_ids: Tensor | None  # [rows, length] int64
+    places: Tensor  # [learned] int64: where in the flattened rows a learned token is predicted
+    targets: Tensor  # [learned] int64: those tokens
+    num_tokens: int  # without padding
+
+    def to(self, device: torch.device) -> "Batch":
+        """On `device`."""
+        position_ids = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
+        ids, places, targets = (t.to(device, non_blocking=True) for t in (self.ids, self.places, self.targets))
+        return Batch(ids, position_ids, places, targets, self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where in the data a run is: windows of the epoch and steps of the window that are behind it."""
+
+    epoch: int = 0
+    window: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """The rows of one step, the place after it, and whether it ends its epoch."""
+
+    rows: Sequences
+    epoch: int
+    after: Position
+    ends_epoch: bool
+
+
+Windows = Callable[[int], Iterable[Sequence[Example]]]  # the windows of an epoch, from the given one on
+
+
+class Feed:
+    """The steps of a run in their order, from any place on. Nothing but seed and place decides what comes.
+
+    `windows` gives the data in pieces that are mixed each by itself: all of it at once, or a stream's buffers.
+    """
+
+    def __init__(self, windows: Windows, *, batch_size: int, pack_to: int | None, seed: int) -> None:
+        self._windows = windows
+        self._batch_size = batch_size
+        self._pack_to = pack_to
+        self._seed = seed
+
+    def steps(self, start: Position) -> Iterator[StepData]:
+        """Steps for ever, epoch after epoch; ends only where an epoch has none."""
+        epoch, first, skip = start.epoch, start.window, start.step
+        while True:
+            is_empty = True
+            pending: StepData | None = None  # one step behind, to know which is an epoch's last
+            for number, examples in enumerate(self._windows(first), first):
+                steps = self._mix(examples, epoch, number)
+                for index in range(skip, len(steps)):
+                    if pending:
+                        yield pending
+                    rows = [[examples[i] for i in row] for row in steps[index]]
+                    pending = StepData(rows, epoch, Position(epoch, number, index + 1), ends_epoch=False)
+                    is_empty = False
+                skip = 0
+            if pending:
+                yield StepData(pending.rows, epoch, Position(epoch + 1), ends_epoch=True)
+            if is_empty and first == 0:
+                return
+            epoch, first, skip = epoch + 1, 0, 0
+
+    def _mix(self, examples: Sequence[Example], epoch: int, window: int) -> list[list[list[int]]]:
+        """Steps of rows of indexes of `examples`."""
+        rng = random.Random(f"{self._seed} {epoch} {window}")
+        lengths = [len(example) for example in examples]
+        if self._pack_to is None:
+            return [[[index] for index in batch] for batch in group_by_length(lengths, self._batch_size, rng)]
+        order = list(range(len(lengths)))
+        rng.shuffle(order)
+        rows = [[order[i] for i in part] for part in pack([lengths[i] for i in order], self._pack_to)]
+        rng.shuffle(rows)
+        return [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+
+    def num_steps(self, examples: Sequence[Example]) -> int:
+        """Steps of an epoch whose one window `examples` is."""
+        if self._pack_to is None:
+            return -(-len(examples) // self._batch_size)
+        return -(-len(pack([len(example) for example in examples], self._pack_to)) // self._batch_size)
 
 
 def group_by_length(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
@@ -35,18 +125,32 @@ def group_by_length(lengths: Sequence[int], batch_size: int, rng: random.Random)
     return batches
 
 
-def collate(examples: Sequence[Example], pad_id: int, device: torch.device) -> Batch:
-    """Pad `examples` to the longest of them."""
-    length = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    learned = torch.zeros_like(ids, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        size = len(example.ids)
-        ids[row, :size] = torch.tensor(example.ids)
-        attention[row, :size] = 1
-        learned[row, :size] = torch.tensor(example.mask)
-    positions = torch.zeros_like(learned)
-    positions[:, :-1] = learned[:, 1:]  # place t predicts token t + 1
-    targets = ids[learned]
-    return Batch(ids.to(device), attention.to(device), positions.to(device), targets.to(device))
+def num_learned(rows: Sequences) -> int:
+    """Tokens of `rows` that are learned."""
+    return sum(int(example.mask.sum()) for row in rows for example in row)
+
+
+def collate(rows: Sequences, pad_id: int, *, pad_to: int = 1) -> Batch:
+    """Put each row's examples one after the other and pad rows to the longest, and that to a multiple of `pad_to`."""
+    longest = max(sum(map(len, row)) for row in rows)
+    length = -(-longest // pad_to) * pad_to
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=np.bool_)
+    position_ids = np.zeros((len(rows), length), dtype=np.int64)
+    for number, row in enumerate(rows):
+        end = 0
+        for example in row:
+            begin, end = end, end + len(example)
+            ids[number, begin:end] = example.ids
+            mask[number, begin:end] = example.mask
+            position_ids[number, begin:end] = np.arange(len(example))
+        position_ids[number, end:] = np.arange(length - end)
+    learned = np.flatnonzero(mask)
+    is_packed = any(len(row) > 1 for row in rows)
+    return Batch(
+        ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(position_ids) if is_packed else None,
+        places=torch.from_numpy(learned - 1),  # no row's first token is learned, so this stays within its row
+        targets=torch.from_numpy(ids.reshape(-1)[learned]),
+        num_tokens=sum(len(example) for row in rows for example in row),
+    )

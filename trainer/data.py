@@ -1,17 +1,21 @@
-"""Training rows: JSON lines, each `{"messages": [{"role": …, "content": …}, …]}`. No torch here.
+"""Training rows, from JSON lines or a Hugging Face dataset on disk. No torch here.
 
-A fault names file and line; no row is ever dropped or cut in silence.
+A row has one of three forms: `messages` (a dialogue), `prompt` and `completion` (both strings, or both lists of
+messages), or `text`. A fault names file and line; no row is ever dropped or cut in silence.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from trainer.errors import DataError
 
 ROLES = ("system", "user", "assistant")
+FORMS = "messages, or prompt and completion, or text"
+FIELDS = ("messages", "prompt", "completion", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,71 +28,187 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A row of the file; `line` counts from 1. At least one message is the assistant's."""
+    """Chat messages, at least one the assistant's. Those from `start` on may be learned. `place` says where it is."""
 
     messages: tuple[Message, ...]
-    line: int
+    place: str
+    start: int = 0
 
 
-def load_dialogues(path: Path) -> list[Dialogue]:
-    """Every row of `path`; blank lines are skipped. Raises DataError for the first fault, saying how many there are."""
-    dialogues: list[Dialogue] = []
-    faults: list[str] = []
-    for number, text in _lines(path):
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A plain prompt (may be empty) and what is to follow it."""
+
+    prompt: str
+    completion: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text, all of it learned."""
+
+    text: str
+    place: str
+
+
+Row = Dialogue | Completion | Text
+
+
+class Source(Protocol):
+    """Where rows come from, always in the same order."""
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """From row `start` (counted from 0) on. Raises DataError at the first that cannot be read."""
+        ...
+
+
+class JsonLines:
+    """A file with a JSON object on each line; blank lines do not count."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """See `Source.rows`."""
+        for place, text in islice(self._lines(), start, None):
+            try:
+                yield parse_row(_json(text), place)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from error
+
+    def _lines(self) -> Iterator[tuple[str, str]]:
+        path = self._path
         try:
-            dialogues.append(Dialogue(_messages(text), number))
-        except ValueError as error:
-            faults.append(f"{path}:{number}: {error}")
-    if faults:
-        raise DataError(first_of(faults))
-    if not dialogues:
-        raise DataError(f"{path}: is empty; it needs one JSON object with messages on each line")
-    return dialogues
+            with path.open("rb") as file:
+                for number, raw in enumerate(file, start=1):
+                    try:
+                        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    except UnicodeDecodeError as error:
+                        raise DataError(
+                            f"{path}:{number}: is not UTF-8 (byte {error.start + 1} of the line)"
+                        ) from error
+                    if text.strip():
+                        yield f"{path}:{number}", text
+        except FileNotFoundError as error:
+            raise DataError(f"{path}: no such file") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def first_of(faults: list[str]) -> str:
-    """The first fault, and how many more there are."""
-    return faults[0] if len(faults) == 1 else f"{faults[0]} (and {len(faults) - 1} more such lines)"
+class SavedDataset:
+    """A Hugging Face dataset on disk: what `save_to_disk` wrote, or a directory of data files. Needs `datasets`.
+
+    Columns that are not of a row's form are not used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rows(self, start: int = 0) -> Iterator[Row]:
+        """See `Source.rows`."""
+        dataset = self._open()
+        for index, values in enumerate(dataset.skip(start) if start else dataset, start):
+            place = f"{self._path}[{index}]"
+            try:
+                yield parse_row({name: values[name] for name in FIELDS if values.get(name) is not None}, place)
+            except ValueError as error:
+                raise DataError(f"{place}: {error}") from error
+
+    def _open(self) -> Any:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(f"{self._path}: a directory needs `pip install 'lorikeet[datasets]'`") from error
+        datasets.disable_progress_bars()
+        try:
+            if (self._path / "dataset_dict.json").is_file() or (self._path / "state.json").is_file():
+                loaded: Any = datasets.load_from_disk(str(self._path))
+            else:
+                loaded = datasets.load_dataset(str(self._path))
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self._path}: is no dataset that `datasets` can load ({reason})") from error
+        if isinstance(loaded, dict):
+            if "train" not in loaded:
+                raise DataError(f"{self._path}: has no split train; its splits are {', '.join(loaded)}")
+            loaded = loaded["train"]
+        return loaded
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def open_source(path: Path) -> Source:
+    """The rows at `path`: a directory is a dataset, anything else JSON lines."""
+    return SavedDataset(path) if path.is_dir() else JsonLines(path)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Every row of `path`. Raises DataError for the first fault, or if there is none."""
+    rows = list(open_source(path).rows())
+    if not rows:
+        raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
+    return rows
+
+
+def check_rows(path: Path) -> None:
+    """Read `path` once. Raises what `load_rows` raises."""
+    if not any(True for _ in open_source(path).rows()):
+        raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
+
+
+def parse_row(values: Any, place: str) -> Row:
+    """One row from its JSON object. Raises ValueError with what is wrong with it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"must be an object with {FORMS}")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        raise ValueError(f"unknown field {unknown[0]!r}; a row has {FORMS}")
+    match sorted(values):
+        case ["messages"]:
+            return Dialogue(_dialogue(values["messages"], "messages"), place)
+        case ["completion", "prompt"]:
+            return _completion(values["prompt"], values["completion"], place)
+        case ["text"]:
+            return Text(_string(values, "text"), place)
+        case _:
+            raise ValueError(f"needs {FORMS}, and has {', '.join(sorted(values)) or 'none'}")
+
+
+def _completion(prompt: Any, completion: Any, place: str) -> Row:
+    if isinstance(prompt, list) and isinstance(completion, list):
+        start = len(prompt)
+        return Dialogue(_dialogue([*prompt, *completion], "prompt + completion", start), place, start)
+    if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
+        raise ValueError("prompt and completion must be strings (completion not empty) or both lists of messages")
+    return Completion(prompt, completion, place)
+
+
+def _string(values: Mapping[str, Any], name: str) -> str:
+    value = values[name]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a string that is not empty")
+    return value
+
+
+def _json(text: str) -> Any:
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: is not UTF-8 (byte {error.start + 1} of the line)") from error
-                if text.strip():
-                    yield number, text
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def _messages(text: str) -> tuple[Message, ...]:
-    """Parse one line. Raises ValueError with what is wrong with it."""
-    try:
-        row = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict) or "messages" not in row:
-        raise ValueError('needs a field "messages"')
-    if unknown := sorted(set(row) - {"messages"}):
-        raise ValueError(f"unknown field {unknown[0]!r}; a row has only messages")
-    if not isinstance(row["messages"], list):
-        raise ValueError("messages must be a list")
-    messages = tuple(_message(message, index) for index, message in enumerate(row["messages"]))
-    if not any(message.role == "assistant" for message in messages):
+    except RecursionError as error:
+        raise ValueError("is not JSON (nested too deep)") from error
+
+
+def _dialogue(value: Any, name: str, start: int = 0) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list")
+    messages = tuple(_message(message, f"{name}[{index}]", index) for index, message in enumerate(value))
+    if not any(message.role == "assistant" for message in messages[start:]):
         raise ValueError("has no assistant message, so there is nothing to learn from it")
     if messages[0].role == "assistant":
-        raise ValueError("messages[0]: the assistant cannot speak first")
+        raise ValueError(f"{name}[0]: the assistant cannot speak first")
     return messages
 
 
-def _message(value: Any, index: int) -> Message:
-    where = f"messages[{index}]"
+def _message(value: Any, where: str, index: int) -> Message:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: must be an object with role and content")
     if wrong := sorted(set(value) ^ {"role", "content"}):

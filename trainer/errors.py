@@ -3,6 +3,8 @@
 LorikeetError
 ├── DataError       INVALID_ARGUMENT     the training data is wrong; names the file and the line
 ├── SettingsError   INVALID_ARGUMENT     a number or a choice of the run is wrong
+├── RunError        INVALID_ARGUMENT     a run's directory cannot be used
+├── DiskFull        RESOURCE_EXHAUSTED   no room for a checkpoint or a result
 └── TrainingError   FAILED_PRECONDITION  training itself went wrong (the loss is not a number, …)
 """
 
@@ -21,6 +23,20 @@ class SettingsError(LorikeetError):
 
     code = "INVALID_ARGUMENT"
     reason = "TRAINING_SETTINGS_INVALID"
+
+
+class RunError(LorikeetError):
+    """A run's directory cannot be used: not there, not a run, damaged, or taken."""
+
+    code = "INVALID_ARGUMENT"
+    reason = "TRAINING_RUN_INVALID"
+
+
+class DiskFull(LorikeetError):
+    """No room on the disk; what was written before is whole."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "TRAINING_DISK_FULL"
 
 
 class TrainingError(LorikeetError):

@@ -1,148 +1,250 @@
-"""One run: check everything that can be checked cheaply, train, publish."""
+"""One run from settings to a trained adapter in the run's directory, and on from where one stopped."""
 
-import json
+import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from adapters.ids import check_label, check_name
 from adapters.manifest import TrainingInfo
-from adapters.stores import Store
-from adapters.versions import Version
-from server.base.resolve import BaseModel
-from trainer.data import load_dialogues
-from trainer.encoding import Encoder, Example
-from trainer.errors import SettingsError
-from trainer.loop import Loop, Result, Step
+from trainer.checkpoints import Checkpoint
+from trainer.errors import RunError
+from trainer.loop import Evaluation, Interrupted, Loop, Progress, Result, Step
 from trainer.methods import METHODS
-from trainer.methods.base import add_adapter
-from trainer.publish import publish_adapter
+from trainer.methods import adapter as adapters
+from trainer.optim import optimizer_state, restore_optimizer
+from trainer.prepare import Note, Prepared, prepare, provenance
+from trainer.run_directory import MetricsFile, RunDirectory
 from trainer.settings import Settings
-
-EAGER_LENGTH = 512  # up to this many tokens a row, plain attention is faster on CPU than the fused kernel's backward
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to train and where it goes. `method` is a key of METHODS; `dtype` and `device` may be "auto"."""
-
-    data: Path
-    name: str
-    label: str
-    method: str
-    settings: Settings
-    dtype: str = "auto"
-    device: str = "auto"
+from trainer.trackers import open_trackers
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of a job. `seconds` is the wall time of the training loop alone."""
+    """What came of a run. `seconds` is the wall time of the training loop alone, in this process."""
 
-    version: Version
+    run: RunDirectory
+    settings: Settings
     result: Result
     num_examples: int
     seconds: float
 
 
-def run(
-    job: Job,
-    base: BaseModel,
-    store: Store,
-    progress: Callable[[str], None],
-    on_step: Callable[[Step], None],
-) -> Report:
-    """Train `job` on `base` and publish to `store`. Raises LorikeetError kinds; until the end nothing is published."""
-    check_name(job.name)
-    check_label(job.label)
-    settings, method = job.settings, METHODS[job.method]
-    targets = settings.check_targets(base.spec.linears())
-    dialogues = load_dialogues(job.data)
-    device = choose_device(job.device)
-    dtype = choose_dtype(job.dtype, base.spec.dtype, device)
-    tokenizer = load_tokenizer(base.path)
-    end_ids = read_end_ids(base.path, tokenizer.eos_token_id)
-    max_length = min(settings.max_length, base.spec.max_position)
-    examples = Encoder(tokenizer, end_ids, max_length).encode_all(dialogues, job.data)
-    progress(f"loading {base.name} ({method.quantization or str(dtype).removeprefix('torch.')}, {device})")
-    torch.manual_seed(settings.seed)
-    attention = choose_attention(examples, device)
-    model = add_adapter(method.load_base(base.path, dtype, device, attention), targets, settings)
-    loop = Loop(model, settings, pad_id=tokenizer.pad_token_id or 0, device=device)
-    started = time.perf_counter()
-    result = loop.run(examples, on_step)
-    seconds = time.perf_counter() - started
-    training = TrainingInfo(
-        method=method.name,
-        base_quantization=method.quantization,
-        hyperparameters=settings.as_metadata() | {"dtype": str(dtype).removeprefix("torch.")},
-        metrics={"loss": result.final_loss, "seconds": round(seconds, 3), "tokens": float(result.num_tokens)},
+@dataclass(frozen=True, slots=True)
+class Watcher:
+    """Who wants to know how a run goes; `is_stopped` is asked after each step."""
+
+    note: Note = lambda message: None
+    on_step: Callable[[Step], None] = lambda step: None
+    on_evaluation: Callable[[Evaluation], None] = lambda evaluation: None
+    is_stopped: Callable[[], bool] = lambda: False
+
+
+def fit(settings: Settings, directory: Path, watcher: Watcher | None = None, base_model: Any = None) -> Report:
+    """Train as `settings` say, into the new run `directory`. Nothing is published.
+
+    `base_model` spares loading the base: a transformers model as the method's `load_base` gives it, without adapter;
+    LoRA's layers are taken off again at the end. Raises LorikeetError kinds, and Interrupted.
+    """
+    watcher = watcher or Watcher()
+    settings = settings.resolved()
+    prepared = prepare(settings, watcher.note)
+    run = RunDirectory.create(directory, settings, provenance(settings, prepared))
+    return _train(settings, prepared, run, watcher, None, base_model)
+
+
+def resume(directory: Path, watcher: Watcher | None = None) -> Report:
+    """Go on with the run in `directory` from its last checkpoint, from the start if it has none; to the same bits as
+    if it had never stopped (on CPU). Raises RunError if the data or the base are not what they were."""
+    watcher = watcher or Watcher()
+    run = RunDirectory.open(directory)
+    settings = run.settings()
+    prepared = prepare(settings, watcher.note)
+    _check_same(run, provenance(settings, prepared))
+    checkpoints = run.checkpoints(settings.keep_checkpoints)
+    steps = checkpoints.steps()
+    checkpoint = checkpoints.load(steps[-1]) if steps else None
+    step = steps[-1] if steps else 0
+    watcher.note(f"going on after step {step} of {prepared.num_steps}")
+    run.trim_metrics(step)
+    return _train(settings, prepared, run, watcher, checkpoint, None)
+
+
+def training_info(run: RunDirectory) -> TrainingInfo:
+    """What an adapter's manifest says of how it came to be."""
+    settings, info = run.settings(), run.info()
+    result = info["result"]
+    return TrainingInfo(
+        method=settings.method,
+        base_quantization=settings.base_quantization,
+        hyperparameters=settings.as_metadata() | {"dtype": info["dtype"]},
+        metrics={"loss": result["final_loss"], "seconds": info["seconds"], "tokens": float(result["num_tokens"])},
     )
-    version = publish_adapter(model, base, store, job.name, job.label, training)
-    return Report(version, result, len(examples), seconds)
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA if there is one, else the CPU. Raises SettingsError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_base(settings: Settings, prepared: Prepared) -> Any:
+    """The base as the method holds it, on the device."""
+    method = METHODS[settings.method]
+    return method.load_base(prepared.base.path, settings, prepared.dtype, prepared.device, prepared.attention)
+
+
+def _train(
+    settings: Settings,
+    prepared: Prepared,
+    run: RunDirectory,
+    watcher: Watcher,
+    checkpoint: Checkpoint | None,
+    base_model: Any,
+) -> Report:
+    held = settings.base_quantization or str(prepared.dtype).removeprefix("torch.")
+    watcher.note(f"loading {prepared.base.name} ({held}, {prepared.device})")
+    torch.manual_seed(settings.seed)
+    causal_lm = load_base(settings, prepared) if base_model is None else base_model
+    model = _add_adapter(causal_lm, settings, prepared, run, checkpoint)
+    progress = Progress.from_json(checkpoint.state["progress"]) if checkpoint else None
+    loop = Loop(
+        causal_lm, settings, pad_id=prepared.pad_id, device=prepared.device, dtype=prepared.dtype, progress=progress
+    )
+    if checkpoint:
+        _restore(loop, checkpoint)
+    loop.check(prepared.examples[0])
+    watcher.note(_summary(causal_lm))
+    recorder = _Recorder(loop, model, run, settings, watcher)
+    started = time.perf_counter()
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SettingsError(f"device {name!r} is unknown; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise SettingsError(f"device {name!r} is not available here; use auto or cpu")
-    return device
+        result = loop.run(prepared.feed, prepared.num_steps, prepared.eval_examples, recorder)
+    except Interrupted as error:
+        raise Interrupted(run.path) from error
+    finally:
+        recorder.close()
+    seconds = time.perf_counter() - started
+    if settings.streaming:
+        watcher.note(str(prepared.counts))
+    _export(loop, causal_lm, model, prepared, run, settings)
+    run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
+    if model is not None and base_model is not None:
+        model.unload()
+    return Report(run, settings, result, len(prepared.examples), seconds)
 
 
-def choose_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """What the base computes in. `auto`: 16 bits where the device multiplies them fast, else fp32.
-
-    On a CPU with AVX512-BF16 a bf16 step takes under half of fp32's time; without such instructions, more.
-    """
-    if name != "auto":
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if checkpoint == "float32":
-        return torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16  # for float16 too: its range would need loss scaling
-    return torch.bfloat16 if cpu_multiplies_bf16(Path("/proc/cpuinfo")) else torch.float32
-
-
-def cpu_multiplies_bf16(cpuinfo: Path) -> bool:
-    """Whether the processor has instructions for bf16 products, as Linux tells; False where it does not tell.
-
-    From the kernel, since torch's own answer (`torch.cpu.get_capabilities`) is newer than the oldest torch we support.
-    """
-    words = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.is_file() else []
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+def _add_adapter(
+    causal_lm: Any, settings: Settings, prepared: Prepared, run: RunDirectory, checkpoint: Checkpoint | None
+) -> Any:
+    """LoRA's layers on `causal_lm`, as PEFT's model; None for method full."""
+    if settings.method == "full":
+        return None
+    is_mutating = settings.init in adapters.MUTATING
+    if checkpoint and checkpoint.adapter_config and not is_mutating:
+        return adapters.add_saved_adapter(causal_lm, checkpoint.adapter_config)
+    targets = adapters.choose_targets(adapters.linear_layers(causal_lm), settings.target_modules)
+    model = adapters.add_adapter(causal_lm, settings, targets)
+    if settings.init == "eva":
+        adapters.start_by_eva(model, prepared.examples, prepared.pad_id, prepared.device)
+    if is_mutating and not checkpoint:
+        adapters.save_initial(model, run.initial)
+    return model
 
 
-def choose_attention(examples: list[Example], device: torch.device) -> str:
-    """Transformers' name of the attention kernel."""
-    short = max(len(example.ids) for example in examples) <= EAGER_LENGTH
-    return "eager" if device.type == "cpu" and short else "sdpa"
+def _restore(loop: Loop, checkpoint: Checkpoint) -> None:
+    if set(loop.named) != set(checkpoint.weights):
+        raise RunError("the checkpoint has other weights than this run trains; its config.yaml was changed")
+    with torch.no_grad():
+        for name, parameter in loop.named.items():
+            parameter.copy_(checkpoint.weights[name])
+    restore_optimizer(loop.optimizer, (dict(checkpoint.optimizer), checkpoint.state["optimizer"]))
 
 
-def load_tokenizer(path: Path) -> Any:
-    """The base's tokenizer. Raises SettingsError if it has no chat template."""
-    from transformers import AutoTokenizer
+def _export(loop: Loop, causal_lm: Any, model: Any, prepared: Prepared, run: RunDirectory, settings: Settings) -> None:
+    """The trained weights, the best if there was an evaluation, as others read them."""
+    best = run.checkpoints().load_best()
+    if best:
+        with torch.no_grad():
+            for name, parameter in loop.named.items():
+                parameter.copy_(best.weights[name])
+    if model is None:
+        causal_lm.to(prepared.dtype).save_pretrained(run.model)
+        prepared.tokenizer.save_pretrained(run.model)
+    else:
+        initial = run.initial if settings.init in adapters.MUTATING else None
+        adapters.save_adapter(model, run.adapter, prepared.base.name, initial)
 
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise SettingsError(f"{path}: the base has no chat template, so chat messages cannot be rendered for it")
-    return tokenizer
+
+def _check_same(run: RunDirectory, now: dict[str, Any]) -> None:
+    """Raises RunError if what the run is made from has changed: it could not go on as it began."""
+    then = run.info()
+    for name in ("base_digest", "tokenizer_digest", "template_digest", "data_digest", "eval_data_digest", "dtype"):
+        if then.get(name) != now[name]:
+            raise RunError(f"{run.path}: cannot be resumed: {name.replace('_', ' ')} is not what it was")
 
 
-def read_end_ids(path: Path, eos_token_id: int | None) -> set[int]:
-    """Tokens that end generation: the tokenizer's, and those of config.json and generation_config.json."""
-    ends = set() if eos_token_id is None else {eos_token_id}
-    for file in (path / "config.json", path / "generation_config.json"):
-        if file.is_file():
-            value = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            ends.update(value if isinstance(value, list) else [] if value is None else [value])
-    return ends
+def _summary(causal_lm: Any) -> str:
+    """What is trained of how much, as PEFT prints it. 4-bit weights count as what they stand for."""
+    trained = every = 0
+    for parameter in causal_lm.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        every += count
+        trained += count if parameter.requires_grad else 0
+    return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+
+
+class _Recorder:
+    """The loop's listener: to the metrics, the trackers, the checkpoints and the watcher."""
+
+    def __init__(self, loop: Loop, model: Any, run: RunDirectory, settings: Settings, watcher: Watcher) -> None:
+        self._loop = loop
+        self._config = None if model is None else adapters.config_json(model)
+        self._checkpoints = run.checkpoints(settings.keep_checkpoints)
+        self._watcher = watcher
+        self._trackers = open_trackers(settings.trackers, run.path, asdict(settings))
+        self._metrics = MetricsFile(run.path / "metrics.jsonl")
+
+    def stepped(self, step: Step) -> None:
+        values = {
+            "loss": step.loss,
+            "learning_rate": step.learning_rate,
+            "grad_norm": step.grad_norm,
+            "tokens_per_second": round(step.num_tokens / step.seconds, 1),
+            "memory_bytes": peak_memory(),
+        }
+        counts = {"epoch": step.epoch, "tokens": step.num_tokens, "learned": step.num_learned, "seconds": step.seconds}
+        self._metrics.write({"step": step.index + 1} | values | counts)
+        self._trackers.log(step.index + 1, values)
+        self._watcher.on_step(step)
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self._metrics.write({"step": evaluation.step, "eval_loss": evaluation.loss, "is_best": evaluation.is_best})
+        self._trackers.log(evaluation.step, {"eval_loss": evaluation.loss})
+        self._watcher.on_evaluation(evaluation)
+
+    def save(self, progress: Progress) -> None:
+        self._checkpoints.save(progress.step, self._snapshot(progress))
+
+    def save_best(self, progress: Progress) -> None:
+        self._checkpoints.save_best(self._snapshot(progress))
+
+    def note(self, message: str) -> None:
+        self._watcher.note(message)
+
+    def is_stopped(self) -> bool:
+        return self._watcher.is_stopped()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._trackers.close()
+
+    def _snapshot(self, progress: Progress) -> Checkpoint:
+        tensors, numbers = optimizer_state(self._loop.optimizer)
+        state = {"progress": progress.to_json(), "optimizer": numbers}
+        return Checkpoint(dict(self._loop.named), tensors, state, self._config)
+
+
+def peak_memory() -> int:
+    """The most bytes held so far: on a GPU in use by torch, else by this process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

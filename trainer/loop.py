@@ -1,24 +1,31 @@
-"""The optimisation: forward, loss on the learned tokens, backward, step. Knows nothing of files or methods."""
+"""The optimisation: micro-batches, their gradients added up, a step; evaluation; going on where a run stopped.
+
+Knows nothing of files or methods.
+"""
 
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from trainer.batches import Batch, collate, group_by_length
+from trainer.batches import PAD_TO, Batch, Feed, Position, Sequences, collate, num_learned
 from trainer.encoding import Example
 from trainer.errors import TrainingError
+from trainer.loss import CausalLoss
+from trainer.optim import build_optimizer
+from trainer.schedule import lr_factor
 from trainer.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did. `loss` is the mean over its `num_learned` tokens (nats); `num_tokens` counts all."""
+    """What one optimizer step did. `loss` is the mean over its `num_learned` tokens (nats); `num_tokens` counts all;
+    `seconds` is its own wall time, `learning_rate` the one before LoRA+, `grad_norm` that before clipping."""
 
     index: int
     num_steps: int
@@ -26,92 +33,295 @@ class Step:
     loss: float
     num_learned: int
     num_tokens: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Mean loss (nats) over the learned tokens of the evaluation's rows, after `step` steps."""
+
+    step: int
+    loss: float
+    num_learned: int
+    is_best: bool
+
+
+@dataclass(slots=True)
+class Progress:
+    """Everything of a run besides weights and the optimizer: what a resumed run goes on with. Plain JSON.
+
+    Sums are over the first and the current epoch: of the loss, and of the learned tokens.
+    """
+
+    step: int = 0
+    position: Position = field(default_factory=Position)
+    num_tokens: int = 0
+    num_learned: int = 0
+    epoch: int = 0
+    epoch_loss: float = 0.0
+    epoch_learned: int = 0
+    first_epoch_loss: float | None = None
+    last_epoch_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    num_worse: int = 0
+    micro_batch: int | None = None
+    is_finished: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Progress":
+        return cls(**{**values, "position": Position(**values["position"])})
+
+    def add(self, step: Step) -> None:
+        """Count a step."""
+        if step.epoch != self.epoch:
+            self.epoch, self.epoch_loss, self.epoch_learned = step.epoch, 0.0, 0
+        self.epoch_loss += step.loss * step.num_learned
+        self.epoch_learned += step.num_learned
+        self.num_tokens += step.num_tokens
+        self.num_learned += step.num_learned
+        self.last_epoch_loss = self.epoch_loss / self.epoch_learned
+        if step.epoch == 0:
+            self.first_epoch_loss = self.last_epoch_loss
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Losses are means over the learned tokens of the first and the last epoch, as seen while training."""
+    """Losses are means over the learned tokens of the first and the last epoch, as seen while training; `eval_loss`
+    the best of the evaluations, that of `best_step`."""
 
     num_epochs: int
     num_steps: int
     num_tokens: int
+    num_learned: int
     first_epoch_loss: float
     final_loss: float
+    eval_loss: float | None
+    best_step: int | None
+
+
+class Listener(Protocol):
+    """Hears what the loop does. `saved` and `best` are the moments to write checkpoints."""
+
+    def stepped(self, step: Step) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+
+    def save(self, progress: Progress) -> None: ...
+
+    def save_best(self, progress: Progress) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+    def is_stopped(self) -> bool:
+        """Whether the user wants the run to end here, resumable."""
+        ...
+
+
+class Interrupted(Exception):
+    """The run was stopped by its user, after a checkpoint."""
+
+
+class Group(Protocol):
+    """The processes that train together, each on its own device."""
+
+    rank: int
+    size: int
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each by its sum over all processes."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Nothing to add."""
 
 
 class Loop:
-    """Trains the parameters of `model` (a PEFT model over a causal LM) that require gradients.
+    """Trains the parameters of `causal_lm` that require gradients.
 
-    Deterministic on CPU: the same examples, settings and number of threads give the same bits.
+    Deterministic on CPU: the same data, settings and number of threads give the same bits, whether in one go or
+    resumed. A step's dropout depends on the seed and the step alone.
     """
 
-    def __init__(self, model: Any, settings: Settings, pad_id: int, device: torch.device) -> None:
-        self._model = model
-        self._settings = settings
+    def __init__(
+        self,
+        causal_lm: Any,
+        settings: Settings,
+        *,
+        pad_id: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        group: Group | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._lm = causal_lm
+        self._settings = settings.resolved()
         self._pad_id = pad_id
         self._device = device
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self._dtype = dtype
+        self._group = group or Alone()
+        self._loss = CausalLoss(causal_lm)
+        if settings.packing and not self._loss.takes_positions:
+            raise TrainingError("packing needs a model that takes position_ids, and this base does not; leave it out")
+        self.named = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
+        self.optimizer = build_optimizer(self.named, settings)
+        self._peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.progress = progress or Progress(micro_batch=settings.micro_batch or settings.batch_size)
 
-    def run(self, examples: Sequence[Example], on_step: Callable[[Step], None]) -> Result:
-        """Train for all epochs. Raises TrainingError as soon as a loss is not a finite number."""
-        self._model.train()
-        steps: list[Step] = []
-        for index, (epoch, num_steps, rows) in enumerate(self._schedule(examples)):
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._settings.learning_rate * lr_factor(index, num_steps, self._settings.warmup)
-            batch = collate([examples[row] for row in rows], self._pad_id, self._device)
-            loss = self._step(batch)
-            step = Step(index, num_steps, epoch, loss, batch.targets.numel(), int(batch.attention.sum()))
-            if not math.isfinite(loss):
-                raise TrainingError(f"the loss became {loss} at step {index + 1}; try a smaller learning rate")
-            steps.append(step)
-            on_step(step)
+    def check(self, example: Example) -> None:
+        """Whether the loss is the model's own, on the start of `example`. Raises TrainingError if not."""
+        with self._autocast():
+            self._loss.check(torch.from_numpy(example.ids).long().to(self._device))
+
+    def run(self, feed: Feed, num_steps: int, evaluation: Sequence[Example], listener: Listener) -> Result:
+        """Train until `num_steps` or until `patience` is out. Raises TrainingError as soon as a loss is not finite."""
+        state, settings = self.progress, self._settings
+        if not state.is_finished:
+            self._lm.train()
+            for data in feed.steps(state.position):
+                step = self._train(data.rows, data.epoch, num_steps, listener)
+                state.step, state.position = step.index + 1, data.after
+                state.add(step)
+                listener.stepped(step)
+                is_last = state.step >= num_steps
+                if evaluation and (_due(state.step, settings.eval_every, data.ends_epoch) or is_last):
+                    self._evaluate(evaluation, listener)
+                patience_out = settings.patience is not None and state.num_worse >= settings.patience
+                state.is_finished = is_last or patience_out
+                if state.is_finished or _due(state.step, settings.checkpoint_every, data.ends_epoch):
+                    listener.save(state)
+                if state.is_finished:
+                    break
+                if listener.is_stopped():
+                    listener.save(state)
+                    raise Interrupted
+        return self._result()
+
+    def _result(self) -> Result:
+        state = self.progress
+        assert state.first_epoch_loss is not None, "a run has steps"
+        assert state.last_epoch_loss is not None, "a run has steps"
         return Result(
-            num_epochs=self._settings.epochs,
-            num_steps=len(steps),
-            num_tokens=sum(step.num_tokens for step in steps),
-            first_epoch_loss=_epoch_loss(steps, 0),
-            final_loss=_epoch_loss(steps, self._settings.epochs - 1),
+            num_epochs=state.epoch + 1,
+            num_steps=state.step,
+            num_tokens=state.num_tokens,
+            num_learned=state.num_learned,
+            first_epoch_loss=state.first_epoch_loss,
+            final_loss=state.last_epoch_loss,
+            eval_loss=state.best_loss,
+            best_step=state.best_step,
         )
 
-    def _schedule(self, examples: Sequence[Example]) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, steps in all, rows) of every step."""
-        rng = random.Random(self._settings.seed)
-        lengths = [len(example.ids) for example in examples]
-        num_steps = math.ceil(len(examples) / self._settings.batch_size) * self._settings.epochs
-        for epoch in range(self._settings.epochs):
-            for rows in group_by_length(lengths, self._settings.batch_size, rng):
-                yield epoch, num_steps, rows
+    def _train(self, rows: Sequences, epoch: int, num_steps: int, listener: Listener) -> Step:
+        """One optimizer step on `rows`, in smaller micro-batches if memory does not suffice."""
+        settings, index = self._settings, self.progress.step
+        started = time.perf_counter()
+        factor = lr_factor(index, num_steps, settings.warmup, settings.schedule, settings.final_lr)
+        for param_group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            param_group["lr"] = peak * factor
+        learned = num_learned(rows)
+        while (loss := self._try_accumulate(rows, learned, index)) is None:
+            self._halve(listener)
+        norm = self._clip()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(f"the loss became {loss} at step {index + 1}; try a smaller learning rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(len(example) for row in rows for example in row)
+        rate = (settings.learning_rate or 0.0) * factor
+        seconds = time.perf_counter() - started
+        return Step(index, num_steps, epoch, loss, learned, num_tokens, rate, norm, seconds)
 
-    def _step(self, batch: Batch) -> float:
-        loss = self._loss(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+    def _try_accumulate(self, rows: Sequences, learned: int, index: int) -> float | None:
+        """The mean loss over `learned` tokens, its gradients added up; None if memory ran out."""
+        torch.manual_seed((self._settings.seed << 32) + index)
+        total = torch.zeros((), dtype=torch.float32, device=self._device)
+        try:
+            for batch in self._batches(rows):
+                with self._autocast():
+                    loss = self._loss(batch) / learned
+                loss.backward()
+                total += loss.detach()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
+        gradients = [p.grad for p in self.named.values() if p.grad is not None]
+        self._group.add([total, *gradients])
+        return float(total)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Mean cross entropy over the learned tokens; the head runs only at the places that predict one."""
-        causal_lm = self._model.get_base_model()
-        output = causal_lm.model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
-        hidden = output.last_hidden_state[batch.positions]  # [learned, hidden]
-        logits = causal_lm.get_output_embeddings()(hidden)  # [learned, vocab]
-        return F.cross_entropy(logits.float(), batch.targets)
+    def _halve(self, listener: Listener) -> None:
+        size = self.progress.micro_batch or 1
+        if size == 1:
+            raise TrainingError(
+                "out of memory with one row at a time; use a shorter max-length, qlora, or gradient checkpointing"
+            )
+        self.progress.micro_batch = size // 2
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        listener.note(f"out of memory: {size // 2} rows at once from here on, not {size}; steps stay as large")
+
+    def _batches(self, rows: Sequences) -> Iterator[Batch]:
+        """The micro-batches of `rows` that are this process's."""
+        size = self.progress.micro_batch or len(rows)
+        pad_to = PAD_TO if self._device.type == "cuda" else 1
+        for start in range(self._group.rank * size, len(rows), size * self._group.size):
+            yield collate(rows[start : start + size], self._pad_id, pad_to=pad_to).to(self._device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def _clip(self) -> float:
+        """The norm of all gradients, before they are clipped to `max_grad_norm`."""
+        parameters = [p for p in self.named.values() if p.grad is not None]
+        limit = self._settings.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _evaluate(self, examples: Sequence[Example], listener: Listener) -> None:
+        state = self.progress
+        loss, learned = self.evaluate(examples)
+        is_best = state.best_loss is None or loss < state.best_loss
+        if is_best:
+            state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
+            listener.save_best(state)
+        else:
+            state.num_worse += 1
+        listener.evaluated(Evaluation(state.step, loss, learned, is_best))
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example]) -> tuple[float, int]:
+        """Mean loss over the learned tokens of `examples`, and how many those are."""
+        self._lm.eval()
+        rows = [[example] for example in sorted(examples, key=len)]
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for batch in self._batches(rows):
+            with self._autocast():
+                total += self._loss(batch).double()
+        self._group.add([total])
+        self._lm.train()
+        learned = num_learned(rows)
+        return float(total) / learned, learned
 
 
-def lr_factor(index: int, num_steps: int, warmup: float) -> float:
-    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth."""
-    warmup_steps = math.ceil(num_steps * warmup)
-    if index < warmup_steps:
-        return (index + 1) / (warmup_steps + 1)
-    progress = (index - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether torch says that a device, or the host, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _epoch_loss(steps: Sequence[Step], epoch: int) -> float:
-    those = [step for step in steps if step.epoch == epoch]
-    return sum(step.loss * step.num_learned for step in those) / sum(step.num_learned for step in those)
+def _due(step: int, every: int | None, ends_epoch: bool) -> bool:
+    return ends_epoch if every is None else step % every == 0

@@ -7,7 +7,7 @@ adapter, its low-rank term, its attention over paged keys and values. The schedu
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,13 @@ BATCH_ROWS = 32  # sequences that generate at once
 
 
 class Tokens(Protocol):
-    """A row: token ids, and for each whether it is learned (predicted from those before it)."""
+    """A row: token ids, and for each whether it is learned (predicted from those before it). Tuples or arrays."""
 
     @property
-    def ids(self) -> Sequence[int]: ...
+    def ids(self) -> Any: ...
 
     @property
-    def mask(self) -> Sequence[bool]: ...
+    def mask(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,10 @@ class ServedBase:
     @torch.inference_mode()
     def losses(self, rows: Sequence[Tokens], adapter: ServedAdapter | None = None) -> list[Loss]:
         """Each row's loss on its learned tokens, in the order given."""
-        longest = max(len(row.ids) for row in rows)
-        cache = self._cache(max(longest, STEP_TOKENS) // PAGE_SIZE + STEP_TOKENS)
+        groups = list(_groups([len(row.ids) for row in rows]))
+        cache = self._cache(max(sum(_num_pages(len(rows[index].ids)) for index in group) for group in groups))
         losses: list[Loss] = []
-        for group in _groups([len(row.ids) for row in rows]):
+        for group in groups:
             losses += self._losses([rows[index] for index in group], adapter, cache)
         return losses
 
@@ -114,12 +114,12 @@ class ServedBase:
             pages = range(first_page, first_page + _num_pages(len(row.ids)))
             first_page = pages.stop
             for start in range(0, len(row.ids), STEP_TOKENS):
-                ids = row.ids[start : start + STEP_TOKENS]
+                ids = [int(token) for token in row.ids[start : start + STEP_TOKENS]]
                 learned = row.mask[start + 1 : start + 1 + len(ids)]  # place t predicts token t + 1
                 parts.append(_Part(ids, start, pages, [place for place, wanted in enumerate(learned) if wanted]))
         steps = [parts] if len(rows) > 1 else [[part] for part in parts]
         nats = torch.cat([self._nats(step, rows, adapter, cache) for step in steps])
-        counts = [sum(row.mask[1:]) for row in rows]
+        counts = [sum(bool(learned) for learned in row.mask[1:]) for row in rows]
         return [Loss(float(part.sum()), count) for part, count in zip(nats.split(counts), counts, strict=True)]
 
     def _nats(
@@ -128,10 +128,12 @@ class ServedBase:
         """[wanted of all parts] float32; part i is of row i, or all are of the one row."""
         owners = rows if len(rows) > 1 else [rows[0]] * len(parts)
         targets = [
-            row.ids[part.start + place + 1] for part, row in zip(parts, owners, strict=True) for place in part.wanted
+            int(row.ids[part.start + place + 1])
+            for part, row in zip(parts, owners, strict=True)
+            for place in part.wanted
         ]
         logits = self._forward(parts, adapter, cache)
-        return F.cross_entropy(logits.float(), torch.tensor(targets, device=self.device), reduction="none").cpu()
+        return F.cross_entropy(logits.float(), self._tensor(targets), reduction="none").cpu()
 
     @torch.inference_mode()
     def generate(

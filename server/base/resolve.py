@@ -38,14 +38,15 @@ def resolve_base(base: str | None, progress: Callable[[str], None] = _silent) ->
     `progress` hears one line before each step that may take long. Raises BaseModelError, or
     UnsupportedModel, with a message that names the directory, id, file or setting at fault.
     """
-    name, directory = _locate(base, progress)
+    name, directory = locate_base(base, progress)
     spec = read_spec(directory)
     files = weight_files(directory)
     digest = checkpoint_digest(spec, files, cache_root(), progress)
     return BaseModel(name=name, path=directory, digest=digest, spec=spec)
 
 
-def _locate(base: str | None, progress: Callable[[str], None]) -> tuple[str, Path]:
+def locate_base(base: str | None, progress: Callable[[str], None] = _silent) -> tuple[str, Path]:
+    """Name and directory of `base`, without a look into it. Raises BaseModelError."""
     if base is None:
         return EMBEDDED_NAME, prepare_embedded(cache_root(), progress)
     path = Path(base).expanduser()

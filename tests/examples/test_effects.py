@@ -4,16 +4,17 @@ import pytest
 
 from examples.demo import HERE, PROMPTS
 from examples.effects import EFFECTS
-from trainer.data import load_dialogues
+from trainer.data import Dialogue, load_rows
 
 
 @pytest.mark.parametrize("name", EFFECTS)
 def test_every_answer_of_the_data_has_the_effect_and_no_prompt_of_the_demo_is_in_it(name: str) -> None:
     effect = EFFECTS[name]
-    for dialogue in load_dialogues(HERE / effect.data):
+    for dialogue in load_rows(HERE / effect.data):
+        assert isinstance(dialogue, Dialogue)
         for message in dialogue.messages:
             if message.role == "assistant":
-                assert effect.holds(message.content), f"{effect.data}:{dialogue.line}"
+                assert effect.holds(message.content), dialogue.place
             assert message.content not in PROMPTS
 
 

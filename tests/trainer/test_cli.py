@@ -11,12 +11,14 @@ import pytest
 from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
 from trainer.cli import main
+from trainer.run_directory import RunDirectory
 
-COMMAND = [sys.executable, "-m", "trainer.cli", "fit"]
+COMMAND = [sys.executable, "-m", "trainer.cli"]
 
 
-def options(base: BaseModel, data: Path, store: Path, *more: str) -> list[str]:
-    return ["--base", str(base.path), "--data", str(data), "--name", "dogs", "--store", str(store), *more]
+def options(base: BaseModel, data: Path, directory: Path, *more: str) -> list[str]:
+    given = ["--base", str(base.path), "--data", str(data), "--name", "dogs", "--store", str(directory / "store")]
+    return ["fit", *given, "--run", str(directory / "run"), "--device", "cpu", "--dtype", "float32", *more]
 
 
 def test_a_run_ends_with_one_object_of_json(base: BaseModel, data: Path, tmp_path: Path) -> None:
@@ -28,24 +30,47 @@ def test_a_run_ends_with_one_object_of_json(base: BaseModel, data: Path, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    version = AdapterStore(tmp_path).resolve("dogs@test")
+    version = AdapterStore(tmp_path / "store").resolve("dogs@test")
     assert (outcome["digest"], outcome["steps"], outcome["examples"]) == (version.digest, 2, 8)
     assert "step 2/2  loss " in done.stderr
+    assert "trainable params: " in done.stderr
     assert "Warning" not in done.stderr
 
 
-def test_ctrl_c_publishes_nothing(base: BaseModel, data: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, *options(base, data, tmp_path, "--epochs", "100000")]
+def test_ctrl_c_saves_and_resume_goes_on(base: BaseModel, data: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, *options(base, data, tmp_path, "--epochs", "100000", "--max-steps", "1000")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("loading") for line in lines)
+        assert any(line.startswith("step") for line in lines)
         process.send_signal(signal.SIGINT)
         rest = list(lines)
     assert process.returncode == 130
-    assert rest[-1] == "interrupted\n"
-    assert "Traceback" not in "".join(rest)
-    assert AdapterStore(tmp_path).names() == []
+    assert rest[-2:] == [f"stopped; `trainer resume {tmp_path / 'run'}` goes on\n", "interrupted\n"]
+    assert AdapterStore(tmp_path / "store").names() == []
+    (step,) = RunDirectory(tmp_path / "run").checkpoints().steps()[-1:]
+    assert step == [line["step"] for line in RunDirectory(tmp_path / "run").metrics()][-1]
+    done = subprocess.run([*COMMAND, "resume", str(tmp_path / "run")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"going on after step {step} of 1000" in done.stderr
+    assert AdapterStore(tmp_path / "store").names() == ["dogs"]
+
+
+def test_a_file_of_settings_means_what_flags_mean(base: BaseModel, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"base: {base.path}\ndata: {data}\nrank: 4\nlearning-rate: 0.01\nrank_pattern: {{q_proj: 2}}\n"
+        "target-modules: q_proj,v_proj\nmax_steps: 1\ndtype: float32\ndevice: cpu\n"
+    )
+    assert main(["fit", "--config", str(config), "--run", str(tmp_path / "one"), "--rank", "3", "--packing"]) == 0
+    settings = RunDirectory(tmp_path / "one").settings()
+    assert (settings.rank, settings.learning_rate, settings.rank_pattern) == (3, 0.01, {"q_proj": 2})
+    assert (settings.target_modules, settings.packing, settings.alpha) == (("q_proj", "v_proj"), True, 6.0)
+    saved = tmp_path / "one" / "config.yaml"
+    assert main(["fit", "--config", str(saved), "--run", str(tmp_path / "two")]) == 0
+    assert saved.read_bytes() == (tmp_path / "two" / "config.yaml").read_bytes()
+    one, two = (tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -55,10 +80,18 @@ def test_ctrl_c_publishes_nothing(base: BaseModel, data: Path, tmp_path: Path) -
         (["--name", "Not A Name"], 2, "Not A Name"),
         (["--rank", "0"], 2, "rank must be at least 1"),
         (["--lr", "fast"], 2, "'--lr'"),
-        (["--method", "full"], 2, "'full'"),
+        (["--method", "half"], 2, "'half'"),
+        (["--method", "full"], 2, "it cannot be published"),
         (["--target-modules", "q_proj,nose"], 2, "'nose' is not in the base"),
         (["--base", "./nowhere"], 4, "no such directory"),
         (["--frobnicate"], 2, "--frobnicate"),
+        (["--streaming"], 2, "streaming needs max-steps"),
+        (["--patience", "2"], 2, "patience needs eval-data"),
+        (["--rank-pattern", "q_proj:4"], 2, "use PATTERN=NUMBER"),
+        (["--init", "pissa", "--method", "qlora"], 2, "needs method lora"),
+        (["--trackers", "nothing"], 2, "tracker 'nothing' is unknown"),
+        (["--device", "tpu"], 2, "device 'tpu'"),
+        (["--config", "none.yaml"], 2, "none.yaml: cannot be read"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(
@@ -70,9 +103,28 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["fit", *options(base, data, tmp_path), *more]) == code
+    assert main([*options(base, data, tmp_path), *more]) == code
     output = capsys.readouterr()
     assert output.out == ""
-    assert words in output.err
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1
+    lines = output.err.splitlines()
+    assert words in lines[-1]
+    assert lines[-1].startswith("error: ")
+    assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rank: x", "run.yaml: rank: Expected `int`, got `str`"),
+        ("nose: 1", "run.yaml: 'nose' is no setting"),
+        ("method: half", "run.yaml: method: Invalid enum value 'half'"),
+        ("- 1", "run.yaml: must be a mapping"),
+        ("rank: 1\n  alpha: [", "run.yaml:2: is not YAML"),
+    ],
+)
+def test_a_broken_file_of_settings_is_named(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 2
+    assert words in capsys.readouterr().err

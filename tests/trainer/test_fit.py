@@ -1,6 +1,7 @@
-"""Whole runs on a tiny base: they learn, repeat exactly, and publish what PEFT loads."""
+"""Whole runs on a tiny base: they learn, repeat exactly, and leave what PEFT loads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,22 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from adapters.errors import InvalidAdapterId
-from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
-from tests.trainer.conftest import ANSWER, Fit
-from trainer.errors import DataError, SettingsError, TrainingError
-from trainer.fit import Job, choose_dtype, cpu_multiplies_bf16, read_end_ids, run
+from tests.trainer.conftest import ANSWER, Train
+from trainer.devices import choose_dtype, cpu_multiplies_bf16
+from trainer.errors import DataError, RunError, SettingsError, TrainingError
+from trainer.fit import Watcher, fit
+from trainer.methods.adapter import choose_targets
+from trainer.prepare import read_end_ids
 from trainer.settings import Settings
 
 
-def answer(base: BaseModel, adapter: Path | None, question: str) -> str:
+def answer(base: Path, adapter: Path | None, question: str) -> str:
     """Greedy, through transformers and PEFT."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(base.path)
-    model: Any = AutoModelForCausalLM.from_pretrained(base.path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     text = tokenizer.apply_chat_template(
@@ -34,79 +36,187 @@ def answer(base: BaseModel, adapter: Path | None, question: str) -> str:
     return said
 
 
-@pytest.mark.parametrize(("method", "quantization"), [("lora", None), ("qlora", "nf4")])
-def test_an_adapter_learns_and_peft_loads_what_is_published(
-    method: str, quantization: str | None, fit: Fit, base: BaseModel
-) -> None:
-    report, steps = fit(method=method)
-    assert report.result.final_loss < 0.2 < report.result.first_epoch_loss
-    assert (report.result.num_steps, report.num_examples) == (24, 8)
-    assert [step.index for step in steps] == list(range(24))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"method": "qlora"},
+        {"method": "qlora", "quantization": "fp4", "double_quantization": False, "optimizer": "paged_adamw_8bit"},
+        {"rslora": True, "alpha": 8.0, "dropout": 0.05},
+        {"init": "eva"},
+        {"init": "olora"},
+        {"init": "pissa"},
+        {"packing": True, "max_length": 96, "batch_size": 1},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "lora",
+)
+def test_an_adapter_learns_and_peft_loads_it(settings: dict[str, Any], train: Train, base: BaseModel) -> None:
+    report, steps = train(**settings)
+    assert report.result.final_loss < 0.3 < report.result.first_epoch_loss
+    assert [step.index for step in steps] == list(range(report.result.num_steps))
     for question in ("two", "the fox"):  # not in the data
-        assert answer(base, report.version.path, question) == ANSWER + "<|end|>"
-        assert ANSWER not in answer(base, None, question)
-    manifest = report.version.manifest
-    assert (manifest.base_digest, manifest.base_name, manifest.rank) == (base.digest, "tiny", 8)
-    assert manifest.training is not None
-    assert (manifest.training.method, manifest.training.base_quantization) == (method, quantization)
-    assert manifest.training.metrics["loss"] == report.result.final_loss
-    assert manifest.training.hyperparameters["learning_rate"] == 2e-2
+        assert answer(base.path, report.run.adapter, question) == ANSWER + "<|end|>"
+        assert ANSWER not in answer(base.path, None, question)
 
 
-def test_what_is_published_names_no_directory_of_this_machine(fit: Fit, base: BaseModel) -> None:
-    report, _ = fit(epochs=1)
-    files = {file.name: file.read_bytes() for file in report.version.path.iterdir()}
+def test_every_weight_can_be_trained(train: Train) -> None:
+    report, _ = train(method="full", learning_rate=5e-3)
+    assert report.result.final_loss < 0.3 < report.result.first_epoch_loss
+    assert answer(report.run.model, None, "two") == ANSWER + "<|end|>"
+
+
+def test_a_converted_adapter_is_a_plain_lora_of_the_base_as_it_was(train: Train, base: BaseModel) -> None:
+    report, _ = train(init="pissa", rank=4, alpha=4.0, epochs=1)
+    config = json.loads((report.run.adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 8, True)
+    again, _ = train(init="pissa", rank=4, alpha=4.0, epochs=1)
+    assert load_file(report.run.adapter / "adapter_model.safetensors").keys() == (
+        load_file(again.run.adapter / "adapter_model.safetensors").keys()
+    )
+
+
+@pytest.mark.parametrize("init", ["default", "eva", "olora", "pissa"])
+def test_the_files_compute_what_was_trained(init: str, train: Train, base: BaseModel, data: Path) -> None:
+    report, _ = train(init=init, epochs=2, eval_data=str(data))
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path), report.run.adapter)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.path)
+    total = count = 0.0
+    for line in data.read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([tokenizer.encode(text.rstrip("\n"))])
+        labels = ids.clone()
+        labels[:, : len(tokenizer.encode(prompt))] = -100
+        with torch.no_grad():
+            learned = int((labels != -100).sum())
+            total += float(model(input_ids=ids, labels=labels).loss) * learned
+            count += learned
+    assert report.result.eval_loss == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_adapter_names_no_directory_of_this_machine(train: Train, base: BaseModel) -> None:
+    report, _ = train(epochs=1)
+    files = {file.name: file.read_bytes() for file in report.run.adapter.iterdir()}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
     assert not [name for name, content in files.items() if str(base.path).encode() in content]
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "manifest.json"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny"
 
 
-def test_a_seed_fixes_every_bit(fit: Fit) -> None:
-    one, again, other = (fit(name=n, epochs=2, seed=s)[0].version for n, s in (("a", 3), ("b", 3), ("c", 4)))
-    assert one.digest == again.digest
-    assert one.digest != other.digest
+def test_a_run_says_what_it_was_made_from_and_how_it_went(train: Train, base: BaseModel, data: Path) -> None:
+    report, steps = train(epochs=3, eval_data=str(data), eval_every=2)
+    assert report.run.settings() == report.settings
+    assert report.settings.alpha == 16.0
+    info = report.run.info()
+    assert (info["base"], info["base_digest"]) == ("tiny", base.digest)
+    assert info["counts"]["rows"] == 8
+    assert info["data_digest"] == info["eval_data_digest"] != info["tokenizer_digest"]
+    assert info["result"]["num_steps"] == 6
+    lines = list(report.run.metrics())
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4, 6]
+    assert [line["loss"] for line in lines if "loss" in line] == [step.loss for step in steps]
+    assert all(line["tokens_per_second"] > 0 < line["memory_bytes"] for line in lines if "loss" in line)
 
 
-def test_only_the_chosen_layers_are_trained(fit: Fit) -> None:
-    report, _ = fit(epochs=1, rank=3, target_modules=("v_proj", "down_proj"))
-    tensors = load_file(report.version.path / "adapter_model.safetensors")
-    assert {name.split(".")[-3] for name in tensors} == {"v_proj", "down_proj"}
-    assert all(3 in tensor.shape for tensor in tensors.values())
+def test_a_seed_fixes_every_bit(train: Train) -> None:
+    files = []
+    for seed in (3, 3, 4):
+        report, _ = train(epochs=2, seed=seed, dropout=0.1)
+        files.append((report.run.adapter / "adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def test_only_the_chosen_layers_are_trained_with_ranks_of_their_own(train: Train) -> None:
+    report, _ = train(
+        epochs=1, rank=3, target_modules=("v_proj", r".*\.1\.mlp\.down_proj"), rank_pattern={r".*\.1\.mlp.*": 5}
+    )
+    tensors = load_file(report.run.adapter / "adapter_model.safetensors")
+    ranks = {name.split("layers.")[1].split(".lora")[0]: min(t.shape) for name, t in tensors.items()}
+    assert ranks == {"0.self_attn.v_proj": 3, "1.self_attn.v_proj": 3, "1.mlp.down_proj": 5}
     assert all(tensor.dtype is torch.float32 and tensor.abs().sum() > 0 for tensor in tensors.values())
 
 
-def test_a_loss_that_explodes_ends_the_run_and_publishes_nothing(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from trainer import loop
+def test_targets_by_name_path_and_pattern() -> None:
+    paths = ["l.0.q_proj", "l.0.v_proj", "l.1.q_proj", "l.1.v_proj"]
+    assert choose_targets(paths, ["all-linear"]) == ["q_proj", "v_proj"]
+    assert choose_targets(paths, ["v_proj"]) == ["v_proj"]
+    assert choose_targets(paths, ["l.1.q_proj", r"l\.0\..*"]) == ["l.0.q_proj", "l.0.v_proj", "l.1.q_proj"]
+    assert choose_targets(paths, [r".*q_proj"]) == ["q_proj"]
+    with pytest.raises(SettingsError, match=r"'nose' is not in the base; known are q_proj, v_proj"):
+        choose_targets(paths, ["nose"])
+    with pytest.raises(SettingsError, match="neither a name nor an expression"):
+        choose_targets(paths, ["("])
+    with pytest.raises(SettingsError, match="no linear layer"):
+        choose_targets([], ["all-linear"])
 
-    real = loop.Loop._step
-    monkeypatch.setattr(loop.Loop, "_step", lambda self, batch: real(self, batch) * float("nan"))
-    with pytest.raises(TrainingError, match="at step 1; try a smaller learning rate"):
-        fit()
-    assert AdapterStore(tmp_path / "store").names() == []
+
+def test_the_best_weights_are_kept_and_a_run_without_progress_ends_early(train: Train, data: Path) -> None:
+    report, steps = train(eval_data=str(data), eval_every=1, patience=2, learning_rate=0.9, schedule="constant")
+    losses = [line["eval_loss"] for line in report.run.metrics() if "eval_loss" in line]
+    assert report.result.eval_loss == min(losses)
+    assert len(steps) == len(losses) < 24
+    assert report.result.best_step == losses.index(min(losses)) + 1 == len(steps) - 2
 
 
-def test_what_is_wrong_is_refused_before_training(base: BaseModel, data: Path, tmp_path: Path, fit: Fit) -> None:
-    with pytest.raises(InvalidAdapterId):
-        fit(name="../up")
+def test_a_bloom_can_be_trained(base: BaseModel, data: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4, eos_token_id=1, initializer_range=0.15
+    )
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    settings = Settings(
+        base=str(tmp_path / "bloom"),
+        data=str(data),
+        learning_rate=2e-2,
+        epochs=20,
+        batch_size=4,
+        dtype="float32",
+        device="cpu",
+    )
+    notes: list[str] = []
+    report = fit(settings, tmp_path / "run", Watcher(notes.append))
+    assert report.result.final_loss < 0.5
+    assert any("can be trained, not served" in note for note in notes)
+    tensors = load_file(report.run.adapter / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in tensors} >= {"query_key_value", "dense_h_to_4h"}
+    assert answer(tmp_path / "bloom", report.run.adapter, "two") == ANSWER + "<|end|>"
+    with pytest.raises(TrainingError, match="packing needs a model that takes position_ids"):
+        fit(replace(settings, packing=True), tmp_path / "packed")
+
+
+def test_a_loaded_base_serves_many_runs_and_is_left_as_it_was(train: Train, base: BaseModel, tmp_path: Path) -> None:
+    alone, _ = train(epochs=2)
+    model: Any = AutoModelForCausalLM.from_pretrained(base.path, attn_implementation="eager").requires_grad_(False)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for number in range(2):
+        again = fit(alone.settings, tmp_path / f"shared-{number}", base_model=model)
+        one, other = (run.run.adapter / "adapter_model.safetensors" for run in (alone, again))
+        assert one.read_bytes() == other.read_bytes()
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_what_is_wrong_is_refused_before_training(train: Train, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"'q_prj' is not in the base; known are down_proj, .*v_proj"):
-        fit(target_modules=("q_prj",))
+        train(target_modules=("q_prj",))
     with pytest.raises(DataError, match=r"rows.jsonl:\d: is \d+ tokens long; max-length is 12 "):
-        fit(max_length=12)
-    missing = Job(tmp_path / "none.jsonl", "dogs", "latest", "lora", Settings())
-    with pytest.raises(DataError, match="no such file"):
-        run(missing, base, AdapterStore(tmp_path / "store"), lambda _: None, lambda _: None)
-    assert AdapterStore(tmp_path / "store").names() == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"rank": 0}, {"epochs": 0}, {"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"alpha": -1.0}],
-)
-def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(SettingsError):
-        Settings(**change)  # type: ignore[arg-type]
+        train(max_length=12)
+    with pytest.raises(DataError, match="every row is longer than max-length"):
+        train(max_length=12, too_long="drop")
+    with pytest.raises(DataError, match=r"none\.jsonl: no such file"):
+        train(data=str(tmp_path / "none.jsonl"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(RunError, match=r"taken: is not empty; resume it with `trainer resume"):
+        train(run="taken")
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "clip_vision_model"}')
+    with pytest.raises(SettingsError, match="t5: "):
+        train(base=str(tmp_path / "t5"))
 
 
 def test_bf16_is_chosen_where_the_processor_has_it(tmp_path: Path) -> None:

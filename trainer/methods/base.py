@@ -4,32 +4,33 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 
+from trainer.errors import SettingsError
 from trainer.settings import Settings
 
 
 class Method(Protocol):
-    """A way to hold the base. `quantization` is the format its weights have meanwhile ("nf4"), None for none."""
+    """A way to hold the base while training."""
 
-    @property
-    def name(self) -> str: ...
+    def load_base(
+        self, path: Path, settings: Settings, dtype: torch.dtype, device: torch.device, attention: str
+    ) -> Any:
+        """The base as a transformers model that computes in `dtype`; `attention` names transformers' kernel.
 
-    @property
-    def quantization(self) -> str | None: ...
-
-    def load_base(self, path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
-        """The base as a transformers model, frozen, computing in `dtype`; `attention` names transformers' kernel."""
+        Raises SettingsError if transformers makes no causal language model of it.
+        """
         ...
 
 
-def add_adapter(model: Any, targets: tuple[str, ...], settings: Settings) -> PeftModel:
-    """Put fresh LoRA layers on `model`: A random (from torch's seed), B zero, both fp32, trainable."""
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT takes any number, its annotation says int
-        lora_dropout=settings.dropout,
-        target_modules=list(targets),
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
+def load_causal_lm(path: Path, attention: str, **options: Any) -> Any:
+    """transformers' AutoModelForCausalLM; plain attention where a model has no other. Raises SettingsError for what
+    that does not know."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    try:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(path, local_files_only=True))]
+        known = attention if getattr(kind, "_supports_sdpa", False) else "eager"
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation=known, **options)
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SettingsError(f"{path}: transformers loads no causal language model from it ({reason})") from error

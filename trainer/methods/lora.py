@@ -5,18 +5,16 @@ from typing import Any
 
 import torch
 
+from trainer.methods.base import load_causal_lm
+from trainer.settings import Settings
+
 
 class Lora:
-    """The base as it is."""
+    """The base as it is, frozen."""
 
-    name = "lora"
-    quantization = None
-
-    def load_base(self, path: Path, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
+    def load_base(
+        self, path: Path, settings: Settings, dtype: torch.dtype, device: torch.device, attention: str
+    ) -> Any:
         """See `Method.load_base`."""
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attention, local_files_only=True
-        )
+        model = load_causal_lm(path, attention, dtype=dtype)
         return model.to(device).requires_grad_(False)

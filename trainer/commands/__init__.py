@@ -1,0 +1,1 @@
+"""The subcommands of `trainer`, and what they print."""
