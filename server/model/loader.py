@@ -42,7 +42,7 @@ class Checkpoint:
             tensor: Tensor = self._open[path].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BaseModelError(f"{self._directory / path}: {error}") from error
-        return tensor
+        return tensor.clone() if self._device.type == "cpu" else tensor  # the mapped file would stay its storage
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor in the wanted dtype on the device. Raises BaseModelError when absent or of another shape."""
@@ -73,7 +73,7 @@ class Checkpoint:
                 )
             else:
                 weights = [self.tensor(f"{path}.weight", shapes[path]) for path in paths]
-                parts.append(pack_linear(torch.cat(weights), joined))
+                parts.append(pack_linear(torch.cat(weights) if len(weights) > 1 else weights[0], joined))
         return side_by_side(parts)
 
     def _is_quantized(self, path: str, quantization: Quantization | None) -> bool:
@@ -83,7 +83,7 @@ class Checkpoint:
 
     def _quantized(self, path: str, shape: tuple[int, int], quantization: Quantization | None) -> QuantizedWeight:
         if (quant_type := stored_quant_type(self._files, path)) is not None:
-            return read_quantized(lambda name: self.stored(name).clone(), path, quant_type, shape, self._dtype)
+            return read_quantized(self.stored, path, quant_type, shape, self._dtype)
         assert quantization is not None, f"{path} is not to be quantized"
         weight = self.tensor(f"{path}.weight", shape)
         if weight.numel() % 2:
@@ -107,12 +107,11 @@ def load_weights(
     hidden, vocab = spec.hidden_size, spec.vocab_size
     if quantization is not None:
         quantization.check_keep([*spec.linears(), HEAD])
-    # A copy: the mapped file would otherwise stay the embedding's storage.
-    embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden)).clone()
+    embedding = checkpoint.tensor("model.embed_tokens.weight", (vocab, hidden))
     return ModelWeights(
         embedding=embedding,
         layers=tuple(_load_layer(checkpoint, spec, index, quantization) for index in range(spec.num_layers)),
-        norm=checkpoint.tensor("model.norm.weight", (hidden,)).clone(),
+        norm=checkpoint.tensor("model.norm.weight", (hidden,)),
         head=(
             pack_linear(embedding)
             if spec.tied_embeddings
@@ -130,7 +129,7 @@ def _load_layer(checkpoint: Checkpoint, spec: ModelSpec, index: int, quantizatio
         return checkpoint.linear({path: shapes[path] for path in paths}, bias, quantization)
 
     def norm(name: str, size: int) -> Tensor:
-        return checkpoint.tensor(f"{prefix}.{name}.weight", (size,)).clone()
+        return checkpoint.tensor(f"{prefix}.{name}.weight", (size,))
 
     return LayerWeights(
         input_norm=norm("input_layernorm", spec.hidden_size),

@@ -162,7 +162,7 @@ def oracle_tokens(model: PreTrainedModel, prompt: list[int], max_tokens: int, ad
     net = model if adapter is None else PeftModel.from_pretrained(model, adapter.path).eval()
     ids = list(prompt)
     for _ in range(max_tokens):
-        ids.append(int(net(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(int(net(torch.tensor([ids], device=net.device)).logits[0, -1].argmax()))
     if isinstance(net, PeftModel):
         net.unload()
     return ids[len(prompt) :]

@@ -15,11 +15,13 @@ from tests.model.tiny import FAMILIES, SHAPE
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16, "num_hidden_layers": 2}
 
 
-def save_base(family: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def save_base(
+    family: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any
+) -> PreTrainedModel:
     """Write a random base and return it."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**SHAPE, **SIZES, **extra})).eval()
+    model = model_class(config_class(**{**SHAPE, **SIZES, **extra, **sizes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
