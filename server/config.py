@@ -43,9 +43,9 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """Settings of the front end. `merge` is an adapter to merge into the base before requests are taken, by
-    `merge_force` however far that is from unmerged serving. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
-    client does not read for `stall_timeout` is ended."""
+    """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
+    client does not read for `stall_timeout` is ended. `merge` is an adapter to merge into the base before requests are
+    taken, with `merge_force` however far that is from unmerged serving."""
 
     engine: EngineConfig
     base_name: str

@@ -95,6 +95,26 @@ class FakeServer(
         self._take(request, context)
         return adapter_pb2.LoadAdapterResponse(adapter=self.adapters[0])
 
+    def StreamMergeAdapter(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[adapter_pb2.StreamMergeAdapterResponse]:
+        self._take(request, context)
+        stage = adapter_pb2.Progress.Stage
+        for reached in (stage.STAGE_DRAINING, stage.STAGE_MERGING, stage.STAGE_MERGING):
+            yield adapter_pb2.StreamMergeAdapterResponse(progress=adapter_pb2.Progress(stage=reached))
+        layers = [
+            adapter_pb2.MergeReport.Layer(index=index, weight_error=0.001, delta_error=0.25 * (index + 1))
+            for index in range(2)
+        ]
+        report = adapter_pb2.MergeReport(kl=0.0125, largest_kl=0.1, layers=layers, held_bytes=1 << 20)
+        yield adapter_pb2.StreamMergeAdapterResponse(adapter=self.adapters[0], report=report)
+
+    def StreamUnmergeAdapter(
+        self, request: Any, context: grpc.ServicerContext
+    ) -> Iterator[adapter_pb2.StreamUnmergeAdapterResponse]:
+        self._take(request, context)
+        yield adapter_pb2.StreamUnmergeAdapterResponse(adapter=self.adapters[0])
+
     def UnloadAdapter(self, request: Any, context: grpc.ServicerContext) -> adapter_pb2.UnloadAdapterResponse:
         self._take(request, context)
         return adapter_pb2.UnloadAdapterResponse(adapter=self.adapters[0])
@@ -475,6 +495,29 @@ def test_commands_on_one_adapter(
     assert json.loads(capsys.readouterr().out)["digest"] == DIGEST
 
 
+def test_merge_tells_how_far_it_is_from_unmerged_serving(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "probe.txt").write_text("So it goes.")
+    options = ["--force", "--drain-seconds", "5", "--probe", str(tmp_path / "probe.txt")]
+    assert main(["adapters", "merge", "pirate@v2", *options]) == ExitCode.OK
+    request = server.requests[0]
+    assert (request.adapter_id, request.force, request.drain_seconds) == ("pirate@v2", True, 5)
+    assert request.probe_text == "So it goes."
+    said = capsys.readouterr()
+    assert said.err.splitlines() == ["draining …", "merging …"]
+    assert DIGEST in said.out
+    assert "0.0125 nats" in said.out
+    assert "50.0% of the adapter in layer 1" in said.out
+    assert main(["adapters", "merge", "pirate@v2", "--json"]) == ExitCode.OK
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert (report["kl"], report["held_bytes"]) == (0.0125, 1 << 20)
+    assert [layer["delta_error"] for layer in report["layers"]] == [0.25, 0.5]
+    assert main(["adapters", "unmerge", "pirate@v2", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["digest"] == DIGEST
+    assert server.requests[-1].drain_seconds == 60
+
+
 def test_unload_waits_only_when_told(server: FakeServer) -> None:
     for options, mode in (([], adapter_pb2.UNLOAD_MODE_REFUSE), (["--drain"], adapter_pb2.UNLOAD_MODE_DRAIN)):
         assert main(["adapters", "unload", "pirate", *options]) == ExitCode.OK
@@ -502,6 +545,7 @@ def test_serve_reads_its_options(
     store = tmp_path / "store"
     command = ["serve", "--base", str(base), "--store", str(store), "--device", "cpu", "--dtype", "float32", "--json"]
     limits = ["--kv-cache-memory", "64MiB", "--max-num-seqs", "3", "--no-prefix-caching", "--grace", "1.5"]
+    limits += ["--merge", "pirate@v2", "--merge-force", "--merged-others", "compensate"]
     assert main([*command, *limits, "--port", "0"]) == ExitCode.OK
     ready = json.loads(capsys.readouterr().out)
     assert (ready["event"], ready["port"], ready["metrics_port"]) == ("ready", 1234, 5678)
@@ -512,6 +556,7 @@ def test_serve_reads_its_options(
     assert (config.engine.device, config.engine.dtype, config.engine.max_num_seqs) == ("cpu", "float32", 3)
     assert config.engine.kv_cache_bytes == 64 * 2**20
     assert config.engine.prefix_caching is False
+    assert (config.merge, config.merge_force, config.engine.compensates_merged) == ("pirate@v2", True, True)
 
 
 def test_serve_refuses_a_base_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli import adapters_store, adapters_transfer
+from server.cli import adapters_merge, adapters_store, adapters_transfer
 from server.cli.adapters_fields import COLUMNS, adapter_fields, row, version_details, version_fields
 from server.cli.adapters_store import open_existing
 from server.cli.options import DEFAULT_SERVER, AdapterId, Debug, Json, Server, Timeout, help_if_alone
@@ -20,7 +20,7 @@ _PAGE_SIZE = 1000
 def build_app() -> typer.Typer:
     """The `adapters` commands."""
     app = typer.Typer(
-        help="See and manage adapters: in a store (import to gc), and in a server's memory (load to unpin).",
+        help="See and manage adapters: in a store (import to gc), and in a server's memory (load to unmerge).",
         rich_markup_mode=None,
     )
     app.callback(invoke_without_command=True)(help_if_alone)
@@ -37,6 +37,8 @@ def build_app() -> typer.Typer:
     app.command("unload")(unload)
     app.command("pin")(pin)
     app.command("unpin")(unpin)
+    app.command("merge")(adapters_merge.merge)
+    app.command("unmerge")(adapters_merge.unmerge)
     return app
 
 

@@ -33,6 +33,7 @@ def adapter_fields(adapter: "Adapter") -> dict[str, Any]:
         "create_time": created,
         "residency": residency,
         "pinned": adapter.pinned,
+        "merged": adapter.merged,
     }
 
 
@@ -54,6 +55,7 @@ def version_fields(version: "Version") -> dict[str, Any]:
         "create_time": datetime.fromisoformat(manifest.created_at).isoformat(),
         "residency": None,
         "pinned": None,
+        "merged": None,
     }
 
 

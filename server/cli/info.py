@@ -28,6 +28,8 @@ def info(server: Server = DEFAULT_SERVER, json: Json = False, timeout: Timeout =
         "dtype": reply.dtype,
         "quantization": reply.quantization,
         "draining": reply.draining,
+        "merged_adapter": reply.merged_adapter_digest,
+        "merged_others": "compensate" if reply.compensates_merged else "refuse",
         "limits": {
             "max_model_len": limits.max_model_len,
             "max_num_seqs": limits.max_num_seqs,

@@ -38,6 +38,13 @@ class Quantization(StrEnum):
     NONE = "none"
 
 
+class MergedOthers(StrEnum):
+    """What --merged-others takes."""
+
+    REFUSE = "refuse"
+    COMPENSATE = "compensate"
+
+
 class LogLevel(StrEnum):
     """What --log-level takes."""
 
@@ -91,6 +98,17 @@ def serve(
             help="Host memory for adapters that left the device; 0 for none [chosen].",
         ),
     ] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(metavar="ADAPTER", help="Merge this adapter into the base before requests are taken."),
+    ] = None,
+    merge_force: Annotated[
+        bool, typer.Option("--merge-force", help="Merge it however far that is from unmerged serving.")
+    ] = False,
+    merged_others: Annotated[
+        MergedOthers,
+        typer.Option(help="While an adapter is merged: refuse requests for others, or take it off again for them."),
+    ] = MergedOthers.REFUSE,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine [all cores].")] = None,
     grace: Annotated[
         float,
@@ -143,11 +161,14 @@ def serve(
             adapter_cache_bytes=adapter_memory,
             host_adapter_bytes=host_adapter_memory,
             canary=not no_canary,
+            compensates_merged=merged_others is MergedOthers.COMPENSATE,
             prefix_caching=not no_prefix_caching,
             num_threads=threads,
         ),
         base_name=model.name,
         store=adapter_store.location,
+        merge=merge,
+        merge_force=merge_force,
         host=host,
         port=port,
         metrics_host=metrics_host,

@@ -106,6 +106,12 @@ class Catalog:
         """As `AdapterRegistry.list`."""
         return await self._ask(self._calls, functools.partial(self._registry.list, page_size, page_token))
 
+    async def digests(self, name: str, digest: str | None) -> Sequence[str]:
+        """The one version of a name, or (None) all it has."""
+        if digest is not None:
+            return (digest,)
+        return (await self._ask(self._calls, functools.partial(self._registry.get, name))).digests
+
     @contextlib.asynccontextmanager
     async def hold(self, adapter_id: str, on_fetch: Callable[[], None] = lambda: None) -> AsyncGenerator[Version, None]:
         """Resolves an id, once, and keeps the files at the version's `path` while the block lasts. `on_fetch` is
@@ -152,12 +158,12 @@ class Catalog:
     async def remove(self, name: str, digest: str | None) -> Sequence[str]:
         """Forget a version of a name, or the name with all it has; what was forgotten. As `AdapterStore.remove` and
         `remove_version`."""
+        digests = await self.digests(name, digest)
         if digest is not None:
             await self._write(functools.partial(self._store.remove_version, name, digest))
-            return (digest,)
-        entry = await self._ask(self._calls, functools.partial(self._registry.get, name))
-        await self._write(functools.partial(self._store.remove, name))
-        return entry.digests
+        else:
+            await self._write(functools.partial(self._store.remove, name))
+        return digests
 
     def close(self) -> None:
         """Gives up every lease. A look that is under way ends when it ends."""

@@ -38,9 +38,11 @@ class Completion:
                 token_ids, logprobs = _first(num_used, token_ids, logprobs)
         self.num_tokens += len(token_ids)
         if finish_reason is None:
-            return Delta(text, token_ids, self._adapter_digest, logprobs)
+            return Delta(text, token_ids, self._adapter_digest, logprobs, serving=stream.serving)
         usage = Usage(self._prompt_tokens, stream.num_cached, self.num_tokens)
-        return Delta(text, token_ids, self._adapter_digest, logprobs, finish_reason, usage, _timings(stream))
+        return Delta(
+            text, token_ids, self._adapter_digest, logprobs, finish_reason, usage, _timings(stream), stream.serving
+        )
 
     def _text_before_stop(self, stop: StopStrings, token_ids: list[int], is_end: bool) -> tuple[str, int]:
         """The text to show, and how many of the tokens came until a stop string was complete."""

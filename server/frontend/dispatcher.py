@@ -11,7 +11,7 @@ from server.engine.messages import (
     CallDone,
     CallProgress,
     Cancel,
-    ErrorPayload,
+    MergeReport,
     Ready,
     RequestFailed,
     Stats,
@@ -49,7 +49,7 @@ class Adapters(Protocol):
 class _Call:
     """A call that waits for its CallDone."""
 
-    answer: asyncio.Future[ErrorPayload | None]
+    answer: asyncio.Future[CallDone]
     on_progress: OnProgress
 
 
@@ -91,17 +91,21 @@ class Dispatcher:
         if self._streams.pop(request_id, None) is not None:
             self._cancel(request_id)
 
-    async def call(self, message: ToEngine, call_id: str, on_progress: OnProgress = lambda progress: None) -> None:
-        """Sends a message and waits for its CallDone. Raises the error that it carries, EngineUnavailable."""
+    async def call(
+        self, message: ToEngine, call_id: str, on_progress: OnProgress = lambda progress: None
+    ) -> MergeReport | None:
+        """Sends a message, waits for its CallDone and returns the report in it. Raises the error that it carries,
+        EngineUnavailable."""
         self._send(message)
-        answer: asyncio.Future[ErrorPayload | None] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[CallDone] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = _Call(answer, on_progress)
         try:
-            error = await answer
+            done = await answer
         finally:
             self._calls.pop(call_id, None)
-        if error is not None:
-            raise self._errors(error)
+        if done.error is not None:
+            raise self._errors(done.error)
+        return done.report
 
     def receive(self, message: ToFrontend) -> None:
         """Takes a message of the engine (any but Ready)."""
@@ -115,7 +119,7 @@ class Dispatcher:
             case CallDone():
                 call = self._calls.get(message.call_id)
                 if call is not None and not call.answer.done():
-                    call.answer.set_result(message.error)
+                    call.answer.set_result(message)
             case CallProgress():
                 call = self._calls.get(message.call_id)
                 if call is not None:

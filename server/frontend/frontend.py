@@ -16,6 +16,7 @@ from server.config import ServeConfig
 from server.engine.messages import (
     CallProgress,
     LoadAdapter,
+    MergeReport,
     Ready,
     Stats,
     ToEngine,
@@ -26,10 +27,11 @@ from server.errors import EngineUnavailable, ShuttingDown
 from server.frontend.catalog import Catalog, Registry
 from server.frontend.dispatcher import Dispatcher, EngineMetrics
 from server.frontend.engine_client import ENGINE_COMMAND, EngineClient
+from server.frontend.merging import Merging
 from server.frontend.preparation import Preparation, Prepared, reference
 from server.frontend.streams import Stream
 from server.frontend.supervisor import Backoff, Supervisor
-from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency
+from server.frontend.types import Delta, GenerateRequest, MergeOptions, OnProgress, Residency
 
 # What the engine gets to finish its step in progress before it is terminated.
 _SHUTDOWN_SECONDS = 5.0
@@ -68,6 +70,7 @@ class Frontend:
         self._preparation = Preparation(base, config.max_stop_strings)
         self.catalog = Catalog(registry, metrics.store_up)
         self._dispatcher = Dispatcher(self._send, self._set_up, self.catalog, metrics)
+        self._merging = Merging(self.catalog, self._dispatcher, self._preparation.encode_text)
         self._supervisor = Supervisor(
             lambda: EngineClient(engine_command, config.engine, self._dispatcher.receive),
             self._dispatcher,
@@ -77,14 +80,21 @@ class Frontend:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_up = False
+        self._is_started = False
         self._is_stopping = False
         self._on_ready_change: list[Callable[[bool], None]] = []
         self._sweeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns when the engine takes requests. Raises BaseModelError when it refuses the base model, ConfigError
-        when a setting, EngineUnavailable when it does not come up otherwise."""
+        """Returns when the engine takes requests, with the adapter merged that is to be. Raises BaseModelError when it
+        refuses the base model, ConfigError when a setting, EngineUnavailable when it does not come up otherwise, and
+        what merging raises."""
         await self._supervisor.start()
+        if self._config.merge is not None:
+            options = MergeOptions(force=self._config.merge_force)
+            await self._merging.merge(self._config.merge, options, lambda progress: None)
+        self._is_started = True
+        self._tell_ready()
         self._sweeper = asyncio.create_task(self._sweep(), name="stalled streams")
 
     async def stop(self, grace: float) -> None:
@@ -100,6 +110,7 @@ class Frontend:
         message = "the server has stopped before this request could finish"
         self._dispatcher.fail_all(lambda: ShuttingDown(message, retry_after=1.0))
         await self._supervisor.stop(_SHUTDOWN_SECONDS)
+        await self._merging.close()
         self._set_up(False)
         self.catalog.close()
 
@@ -116,7 +127,7 @@ class Frontend:
     @property
     def ready(self) -> bool:
         """Whether requests are taken now."""
-        return self._is_up and not self._is_stopping
+        return self._is_up and self._is_started and not self._is_stopping
 
     def on_ready_change(self, callback: Callable[[bool], None]) -> None:
         """`callback` is called, on the event loop, with `ready` whenever it may have changed."""
@@ -183,11 +194,34 @@ class Frontend:
             await self._dispatcher.call(UnpinAdapter(call_id, version.digest), call_id)
             return version
 
+    async def merge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> tuple[Version, MergeReport | None]:
+        """Add an adapter to the base's weights, once the requests that run have ended. Raises as `load_adapter` does,
+        BaseMerged, MergeRefused, MergeTooLarge, MergeAborted."""
+        with self._active():
+            return await self._merging.merge(adapter_id, options, on_progress)
+
+    async def unmerge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
+        """Give the base its own weights back, likewise; one that is not merged is fine. Raises MergeAborted."""
+        with self._active():
+            return await self._merging.unmerge(adapter_id, options, on_progress)
+
+    @property
+    def merged_digest(self) -> str | None:
+        """What is in the base's weights, or will be again once the engine is back."""
+        return self._merging.digest
+
     async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]:
         """Forget a version of a name, or the name with all it has, and drop it from memory; what was forgotten.
         While requests use the name: AdapterInUse and nothing happens or, with `drain`, no new one finds it and the
-        running ones are waited for. Raises what the catalog raises for the name and version."""
+        running ones are waited for. AdapterInUse for what is merged. Raises what the catalog raises for the name and
+        version."""
         with self._active():
+            if (merged := self._merging.digest) is not None and merged in await self.catalog.digests(name, digest):
+                raise AdapterInUse(f"adapter {name!r}: version {merged} is merged into the base; unmerge it first")
             if not drain and (num_users := self.catalog.num_users(name, digest)):
                 raise AdapterInUse(f"adapter {name!r} is in use by {num_users} requests; drain it, or try again later")
             forgotten = await self.catalog.remove(name, digest)
@@ -210,7 +244,7 @@ class Frontend:
         if self._is_stopping:
             raise ShuttingDown("the server is shutting down and takes no new requests", retry_after=1.0)
         info = self._dispatcher.info
-        if info is None or not self._is_up:
+        if info is None or not (self._is_up and self._is_started):
             raise EngineUnavailable("the engine is not running; it is being started", retry_after=5.0)
         self._num_active += 1
         self._idle.clear()
@@ -236,6 +270,8 @@ class Frontend:
 
     def _set_up(self, is_up: bool) -> None:
         self._is_up = is_up
+        if is_up:
+            self._merging.engine_up()
         self._tell_ready()
 
     def _tell_ready(self) -> None:

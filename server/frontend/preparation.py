@@ -37,6 +37,10 @@ class Preparation:
         self._tokenizer = Tokenizer.load(base.path)
         self._token_bytes = TokenBytes(self._tokenizer.backend)
 
+    def encode_text(self, text: str) -> list[int]:
+        """Plain text as tokens."""
+        return self._tokenizer.encode_text(text, len(text) + 1)
+
     def check(self, request: GenerateRequest, info: Ready) -> None:
         """Raises InvalidRequest for what is wrong whatever the adapter and the tokens of the prompt."""
         check_request(

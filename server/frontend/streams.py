@@ -9,7 +9,7 @@ import asyncio
 from dataclasses import dataclass
 
 from adapters.errors import LorikeetError
-from server.engine.messages import Output, Timings, TokenLogprob
+from server.engine.messages import Output, Serving, Timings, TokenLogprob
 
 # The most tokens taken at once: a piece with logprobs has to fit a message.
 MAX_PIECE = 1024
@@ -40,6 +40,7 @@ class Stream:
         "first_at",
         "last_at",
         "num_cached",
+        "serving",
         "timings",
         "unread_since",
     )
@@ -52,6 +53,7 @@ class Stream:
         self._waiter: asyncio.Future[None] | None = None
         self.num_cached = 0
         self.timings: Timings | None = None
+        self.serving = Serving.UNMERGED
         self.first_at: float | None = None
         self.last_at = 0.0
         self.unread_since: float | None = None
@@ -63,7 +65,7 @@ class Stream:
         if output.num_cached is not None:
             self.num_cached = output.num_cached
         if output.timings is not None:
-            self.timings = output.timings
+            self.timings, self.serving = output.timings, output.serving
         if output.finish_reason is not None:
             self._finish_reason = output.finish_reason
         if self.first_at is None:

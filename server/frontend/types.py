@@ -3,7 +3,15 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from server.engine.messages import CallProgress, ResidentAdapter, SamplingParams, StopParams, Timings, TokenLogprob
+from server.engine.messages import (
+    CallProgress,
+    ResidentAdapter,
+    SamplingParams,
+    Serving,
+    StopParams,
+    Timings,
+    TokenLogprob,
+)
 
 OnProgress = Callable[[CallProgress], None]
 
@@ -48,8 +56,8 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new since the last one. `adapter_digest` ("" for the base) is what really serves the request and
-    never changes within it. The last one has `finish_reason` ("stop" or "length"), `usage` and `timings`."""
+    """What is new since the last one. `adapter_digest` ("" for the base) is what really serves the request, `serving`
+    how; neither changes within it. The last one has `finish_reason` ("stop" or "length"), `usage` and `timings`."""
 
     text: str
     token_ids: list[int]
@@ -58,6 +66,17 @@ class Delta:
     finish_reason: str | None = None
     usage: Usage | None = None
     timings: Timings | None = None
+    serving: Serving = Serving.UNMERGED
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """How a merge or an unmerge is made: `drain_seconds` are given to running requests, `force` merges however far
+    that is from unmerged serving, as compared on `probe_text` ("": the server's own)."""
+
+    drain_seconds: float = 60.0
+    force: bool = False
+    probe_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +93,10 @@ class Residency:
     @property
     def pinned(self) -> bool:
         return any(tier.pinned for tier in self.tiers)
+
+    @property
+    def merged(self) -> bool:
+        return any(tier.merged for tier in self.tiers)
 
 
 def residencies(adapters: Iterable[ResidentAdapter]) -> dict[str, Residency]:

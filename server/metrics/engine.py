@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.messages import Ready, Stats
+from server.engine.messages import Ready, Serving, Stats
 from server.metrics.labels import OTHER_LABEL, AdapterLabels
 
 TIERS = ("host", "device")
@@ -32,6 +32,8 @@ class EngineCounters:
             "prefix_hit_tokens": counter("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
             "prefix_query_tokens": counter("prefix_cache_query_tokens", "Prompt tokens sought in the prefix cache."),
             "adapter_load_failures": counter("adapter_load_failures", "Adapters that could not be loaded."),
+            "merges": counter("merges", "Times an adapter was merged into the base's weights."),
+            "unmerges": counter("unmerges", "Times the base was given its own weights back."),
         }
         self._by_tier = {
             "adapter_loads": counter("adapter_loads", "Adapters loaded into a tier of memory.", "tier"),
@@ -45,7 +47,9 @@ class EngineCounters:
                 "adapter_cache_misses", "Requests whose adapter was not in a tier of memory when they came.", "tier"
             ),
         }
+        served = counter("served", "Requests that ran, by how their adapter was applied.", "serving")
         self._series = {(name, ""): counter for name, counter in self._counters.items()}
+        self._series |= {("served", serving.value): served.labels(serving.value) for serving in Serving}
         self._series |= {
             (name, tier): counter.labels(tier) for name, counter in self._by_tier.items() for tier in TIERS
         }
@@ -64,11 +68,11 @@ class EngineCounters:
         self._last = dict.fromkeys(self._series, 0)
 
     def update(self, stats: Stats) -> None:
-        for (name, tier), counter in self._series.items():
+        for (name, kind), counter in self._series.items():
             found = getattr(stats, name)
-            value = found.get(tier, 0) if tier else found
-            counter.inc(max(0, value - self._last[name, tier]))
-            self._last[name, tier] = value
+            value = found.get(kind, 0) if kind else found
+            counter.inc(max(0, value - self._last[name, kind]))
+            self._last[name, kind] = value
         for load in stats.adapter_load_times:
             self._load_seconds.labels(load.tier_from, load.tier_to).observe(load.seconds)
 
@@ -99,6 +103,7 @@ class EngineGauges(Collector):
             *self._tiers(stats),
             self._adapters(stats, names),
             self._slots(stats),
+            *self._merged(stats, names),
             self._memory(stats),
             self._waiting(stats, names),
             self._router_info(stats, names),
@@ -148,6 +153,13 @@ class EngineGauges(Collector):
 
     def _named(self, digest: str, names: Mapping[str, str]) -> str:
         return self._label(names[digest]) if digest in names else OTHER_LABEL
+
+    def _merged(self, stats: Stats, names: Mapping[str, str]) -> tuple[Metric, ...]:
+        merged = _gauge("adapter_merged", "1 for the adapter that is merged into the base's weights.", "adapter")
+        for digest in {adapter.digest for adapter in stats.adapters if adapter.merged}:
+            merged.add_metric([self._label(names[digest]) if digest in names else OTHER_LABEL], 1)
+        held = "The base's own weights in host memory, while an adapter is merged, in bytes."
+        return merged, _gauge("merge_held_bytes", held, value=stats.merge_held_bytes)
 
     def _memory(self, stats: Stats) -> Metric:
         memory = _gauge("memory_bytes", "Memory of the engine's device by use, in bytes.", "kind", "device")

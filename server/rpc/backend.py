@@ -5,8 +5,8 @@ from typing import Protocol
 
 from adapters.registry import AdapterEntry
 from adapters.versions import Version
-from server.engine.messages import Ready
-from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency
+from server.engine.messages import MergeReport, Ready
+from server.frontend.types import Delta, GenerateRequest, MergeOptions, OnProgress, Residency
 
 
 class Backend(Protocol):
@@ -18,6 +18,9 @@ class Backend(Protocol):
 
     @property
     def info(self) -> Ready | None: ...
+
+    @property
+    def merged_digest(self) -> str | None: ...
 
     @property
     def ready(self) -> bool: ...
@@ -37,6 +40,14 @@ class Backend(Protocol):
     ) -> Version: ...
 
     async def unpin_adapter(self, adapter_id: str) -> Version: ...
+
+    async def merge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> tuple[Version, MergeReport | None]: ...
+
+    async def unmerge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> Version: ...
 
     async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]: ...
 

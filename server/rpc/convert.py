@@ -11,13 +11,15 @@ from adapters.versions import Version
 from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2
 from server.base.resolve import BaseModel
 from server.config import ServeConfig
-from server.engine.messages import CallProgress, Ready, SamplingParams, Timings, TokenLogprob
+from server.engine.messages import CallProgress, MergeReport, Ready, SamplingParams, Serving, Timings, TokenLogprob
 from server.errors import InvalidRequest
-from server.frontend.types import ChatMessage, Delta, GenerateRequest, Prompt, Residency, Usage
+from server.frontend.types import ChatMessage, Delta, GenerateRequest, MergeOptions, Prompt, Residency, Usage
 from server.version import lorikeet_version
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.StreamGenerateRequest
 AnyGenerateResponse = inference_pb2.GenerateResponse | inference_pb2.StreamGenerateResponse
+AnyMergeRequest = adapter_pb2.MergeAdapterRequest | adapter_pb2.StreamMergeAdapterRequest
+AnyUnmergeRequest = adapter_pb2.UnmergeAdapterRequest | adapter_pb2.StreamUnmergeAdapterRequest
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
@@ -34,6 +36,13 @@ _STAGES = {
     "copying": adapter_pb2.Progress.STAGE_COPYING,
     "checking": adapter_pb2.Progress.STAGE_CHECKING,
     "draining": adapter_pb2.Progress.STAGE_DRAINING,
+    "merging": adapter_pb2.Progress.STAGE_MERGING,
+}
+
+_SERVINGS = {
+    Serving.UNMERGED: common_pb2.SERVING_UNMERGED,
+    Serving.MERGED: common_pb2.SERVING_MERGED,
+    Serving.COMPENSATED: common_pb2.SERVING_COMPENSATED,
 }
 
 _RESIDENCIES = {
@@ -61,7 +70,11 @@ def generate_request(message: AnyGenerateRequest) -> GenerateRequest:
 def stream_response(delta: Delta, request_id: str) -> inference_pb2.StreamGenerateResponse:
     """One message of a stream. On the path of every token: it builds one message and nothing else."""
     message = inference_pb2.StreamGenerateResponse(
-        text=delta.text, token_ids=delta.token_ids, adapter_digest=delta.adapter_digest, request_id=request_id
+        text=delta.text,
+        token_ids=delta.token_ids,
+        adapter_digest=delta.adapter_digest,
+        request_id=request_id,
+        serving=_SERVINGS[delta.serving],
     )
     if delta.logprobs is not None:
         message.logprobs.extend(map(_token_logprobs, delta.token_ids, delta.logprobs))
@@ -74,7 +87,10 @@ def whole_response(deltas: Sequence[Delta], request_id: str) -> inference_pb2.Ge
     """The answer that the deltas of a stream, all of them, make together."""
     last = deltas[-1]
     message = inference_pb2.GenerateResponse(
-        text="".join(delta.text for delta in deltas), adapter_digest=last.adapter_digest, request_id=request_id
+        text="".join(delta.text for delta in deltas),
+        adapter_digest=last.adapter_digest,
+        request_id=request_id,
+        serving=_SERVINGS[last.serving],
     )
     for delta in deltas:
         message.token_ids.extend(delta.token_ids)
@@ -107,6 +123,7 @@ def adapter(version: Version, residency: Residency) -> adapter_pb2.Adapter:
             for tier in residency.tiers
         ],
         pinned=residency.pinned,
+        merged=residency.merged,
     )
     message.create_time.FromJsonString(manifest.created_at)
     return message
@@ -120,8 +137,30 @@ def progress(progress: CallProgress) -> adapter_pb2.Progress:
     )
 
 
+def merge_options(message: AnyMergeRequest | AnyUnmergeRequest) -> MergeOptions:
+    default = MergeOptions()
+    drain_seconds = message.drain_seconds if message.HasField("drain_seconds") else default.drain_seconds
+    if isinstance(message, AnyMergeRequest):
+        return MergeOptions(drain_seconds, message.force, message.probe_text)
+    return MergeOptions(drain_seconds)
+
+
+def merge_report(report: MergeReport | None) -> adapter_pb2.MergeReport | None:
+    if report is None:
+        return None
+    return adapter_pb2.MergeReport(
+        kl=report.kl,
+        largest_kl=report.largest_kl,
+        layers=[
+            adapter_pb2.MergeReport.Layer(index=layer.layer, weight_error=layer.weight, delta_error=layer.delta)
+            for layer in report.layers
+        ],
+        held_bytes=report.held_bytes,
+    )
+
+
 def server_info(
-    config: ServeConfig, base: BaseModel, ready: Ready, *, draining: bool
+    config: ServeConfig, base: BaseModel, ready: Ready, merged_digest: str | None, *, draining: bool
 ) -> server_pb2.GetServerInfoResponse:
     return server_pb2.GetServerInfoResponse(
         version=lorikeet_version(),
@@ -141,6 +180,8 @@ def server_info(
             max_stop_strings=config.max_stop_strings,
         ),
         draining=draining,
+        merged_adapter_digest=merged_digest or "",
+        compensates_merged=config.engine.compensates_merged,
     )
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 from google.protobuf.message import Message
 
@@ -10,7 +11,7 @@ from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name
 from adapters.records import ABSENT
 from adapters.versions import Version
 from lorikeet.v1 import adapter_pb2
-from server.engine.messages import CallProgress
+from server.engine.messages import CallProgress, MergeReport
 from server.errors import InvalidRequest
 from server.frontend.types import OnProgress
 from server.rpc import convert
@@ -18,9 +19,16 @@ from server.rpc.backend import Backend, Catalog
 from server.rpc.call import Call
 from server.rpc.handlers import Method
 
+T = TypeVar("T")
+
 DESCRIPTOR = adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"]
 
-Progressing = type[adapter_pb2.StreamLoadAdapterResponse] | type[adapter_pb2.StreamUnloadAdapterResponse]
+Progressing = (
+    type[adapter_pb2.StreamLoadAdapterResponse]
+    | type[adapter_pb2.StreamUnloadAdapterResponse]
+    | type[adapter_pb2.StreamMergeAdapterResponse]
+    | type[adapter_pb2.StreamUnmergeAdapterResponse]
+)
 
 
 class AdapterService:
@@ -41,6 +49,10 @@ class AdapterService:
             "StreamUnloadAdapter": self.stream_unload_adapter,
             "PinAdapter": self.pin_adapter,
             "UnpinAdapter": self.unpin_adapter,
+            "MergeAdapter": self.merge_adapter,
+            "StreamMergeAdapter": self.stream_merge_adapter,
+            "UnmergeAdapter": self.unmerge_adapter,
+            "StreamUnmergeAdapter": self.stream_unmerge_adapter,
             "MoveAdapterLabel": self.move_adapter_label,
             "RollbackAdapterLabel": self.rollback_adapter_label,
             "DeleteAdapter": self.delete_adapter,
@@ -64,7 +76,8 @@ class AdapterService:
         def load(on_progress: OnProgress) -> Awaitable[Version]:
             return self._backend.load_adapter(message.adapter_id, on_progress=on_progress)
 
-        await self._stream(load, adapter_pb2.StreamLoadAdapterResponse, call)
+        version = await self._stream(load, adapter_pb2.StreamLoadAdapterResponse, call)
+        await call.write(adapter_pb2.StreamLoadAdapterResponse(adapter=self._noted(version, call)))
 
     async def unload_adapter(self, message: adapter_pb2.UnloadAdapterRequest, call: Call) -> Message:
         version = await self._backend.unload_adapter(message.adapter_id, drain=_drains(message.mode))
@@ -76,7 +89,8 @@ class AdapterService:
         def unload(on_progress: OnProgress) -> Awaitable[Version]:
             return self._backend.unload_adapter(message.adapter_id, drain=drain, on_progress=on_progress)
 
-        await self._stream(unload, adapter_pb2.StreamUnloadAdapterResponse, call)
+        version = await self._stream(unload, adapter_pb2.StreamUnloadAdapterResponse, call)
+        await call.write(adapter_pb2.StreamUnloadAdapterResponse(adapter=self._noted(version, call)))
 
     async def pin_adapter(self, message: adapter_pb2.PinAdapterRequest, call: Call) -> Message:
         version = await self._backend.load_adapter(message.adapter_id, pin=True)
@@ -85,6 +99,35 @@ class AdapterService:
     async def unpin_adapter(self, message: adapter_pb2.UnpinAdapterRequest, call: Call) -> Message:
         version = await self._backend.unpin_adapter(message.adapter_id)
         return adapter_pb2.UnpinAdapterResponse(adapter=self._noted(version, call))
+
+    async def merge_adapter(self, message: adapter_pb2.MergeAdapterRequest, call: Call) -> Message:
+        version, report = await self._backend.merge_adapter(message.adapter_id, convert.merge_options(message))
+        return adapter_pb2.MergeAdapterResponse(adapter=self._noted(version, call), report=convert.merge_report(report))
+
+    async def stream_merge_adapter(self, message: adapter_pb2.StreamMergeAdapterRequest, call: Call) -> None:
+        options = convert.merge_options(message)
+
+        def merge(on_progress: OnProgress) -> Awaitable[tuple[Version, MergeReport | None]]:
+            return self._backend.merge_adapter(message.adapter_id, options, on_progress=on_progress)
+
+        version, report = await self._stream(merge, adapter_pb2.StreamMergeAdapterResponse, call)
+        last = adapter_pb2.StreamMergeAdapterResponse(
+            adapter=self._noted(version, call), report=convert.merge_report(report)
+        )
+        await call.write(last)
+
+    async def unmerge_adapter(self, message: adapter_pb2.UnmergeAdapterRequest, call: Call) -> Message:
+        version = await self._backend.unmerge_adapter(message.adapter_id, convert.merge_options(message))
+        return adapter_pb2.UnmergeAdapterResponse(adapter=self._noted(version, call))
+
+    async def stream_unmerge_adapter(self, message: adapter_pb2.StreamUnmergeAdapterRequest, call: Call) -> None:
+        options = convert.merge_options(message)
+
+        def unmerge(on_progress: OnProgress) -> Awaitable[Version]:
+            return self._backend.unmerge_adapter(message.adapter_id, options, on_progress=on_progress)
+
+        version = await self._stream(unmerge, adapter_pb2.StreamUnmergeAdapterResponse, call)
+        await call.write(adapter_pb2.StreamUnmergeAdapterResponse(adapter=self._noted(version, call)))
 
     async def move_adapter_label(self, message: adapter_pb2.MoveAdapterLabelRequest, call: Call) -> Message:
         version = await self._catalog.move_label(
@@ -110,17 +153,15 @@ class AdapterService:
         call.adapter = name
         return adapter_pb2.DeleteAdapterResponse(digests=digests)
 
-    async def _stream(
-        self, work: Callable[[OnProgress], Awaitable[Version]], response: Progressing, call: Call
-    ) -> None:
-        """Sends the progress of `work` as it comes, and what it ends with."""
+    async def _stream(self, work: Callable[[OnProgress], Awaitable[T]], response: Progressing, call: Call) -> T:
+        """Sends the progress of `work` as it comes; what it ends with."""
         stages: asyncio.Queue[CallProgress | None] = asyncio.Queue()
         task = asyncio.ensure_future(work(stages.put_nowait))
         task.add_done_callback(lambda done: stages.put_nowait(None))
         try:
             while (progress := await stages.get()) is not None:
                 await call.write(response(progress=convert.progress(progress)))
-            await call.write(response(adapter=self._noted(await task, call)))
+            return await task
         finally:
             task.cancel()
             await asyncio.wait((task,))

@@ -33,4 +33,5 @@ class ServerService:
         ready = self._backend.info
         if ready is None:
             raise EngineUnavailable("the base model is still loading", retry_after=1.0)
-        return convert.server_info(self._config, self._base, ready, draining=self._calls.draining)
+        merged = self._backend.merged_digest
+        return convert.server_info(self._config, self._base, ready, merged, draining=self._calls.draining)

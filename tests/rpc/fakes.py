@@ -20,8 +20,8 @@ from lorikeet.v1.server_pb2_grpc import ServerServiceStub
 from server.base.resolve import BaseModel
 from server.base.spec import ModelSpec
 from server.config import EngineConfig, ServeConfig
-from server.engine.messages import CallProgress, Ready, ResidentAdapter, Timings
-from server.frontend.types import Delta, GenerateRequest, OnProgress, Residency, Usage
+from server.engine.messages import CallProgress, MergeReport, Ready, ResidentAdapter, Timings
+from server.frontend.types import Delta, GenerateRequest, MergeOptions, OnProgress, Residency, Usage
 from server.metrics import Metrics
 from server.rpc.lifecycle import run
 
@@ -60,6 +60,10 @@ class FakeBackend:
     stages: list[CallProgress] = field(default_factory=list)  # told by a load or an unload
     hangs: bool = False  # after that
     pinned: bool = False
+    merged: list[tuple[str, MergeOptions]] = field(default_factory=list)
+    unmerged: list[tuple[str, MergeOptions]] = field(default_factory=list)
+    report: MergeReport | None = None
+    merged_digest: str | None = None
     stops: list[float] = field(default_factory=list)
     closed: asyncio.Event = field(default_factory=asyncio.Event)  # a generation ended, however it ended
     starting: asyncio.Event | None = None  # `start` waits for it
@@ -125,6 +129,22 @@ class FakeBackend:
 
     async def unpin_adapter(self, adapter_id: str) -> Version:
         self.pinned = False
+        return a_version(adapter_id)
+
+    async def merge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> tuple[Version, MergeReport | None]:
+        self.merged.append((adapter_id, options))
+        await self._work(on_progress)
+        self.merged_digest = DIGEST
+        return a_version(adapter_id), self.report
+
+    async def unmerge_adapter(
+        self, adapter_id: str, options: MergeOptions, *, on_progress: OnProgress = lambda progress: None
+    ) -> Version:
+        self.unmerged.append((adapter_id, options))
+        await self._work(on_progress)
+        self.merged_digest = None
         return a_version(adapter_id)
 
     async def delete_adapter(self, name: str, digest: str | None = None, *, drain: bool = False) -> Sequence[str]:

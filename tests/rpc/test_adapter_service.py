@@ -7,8 +7,9 @@ import grpc
 import pytest
 
 from adapters.errors import AdapterInUse, LabelMoved, StoreUnavailable
-from lorikeet.v1 import adapter_pb2
-from server.engine.messages import CallProgress
+from lorikeet.v1 import adapter_pb2, server_pb2
+from server.engine.messages import CallProgress, LayerError, MergeReport
+from server.frontend.types import MergeOptions
 from tests.rpc.fakes import DIGEST, FakeBackend, FakeCatalog, serving
 from tests.rpc.test_services import failure
 
@@ -119,6 +120,41 @@ def test_a_client_that_leaves_ends_the_wait() -> None:
             assert (await stream.read()).progress.stage == Progress.STAGE_DRAINING
             stream.cancel()
             await backend.closed.wait()
+
+    asyncio.run(scenario())
+
+
+def test_merges_and_unmerges_as_asked_and_tells_what_merging_does() -> None:
+    async def scenario() -> None:
+        report = MergeReport(0.01, 0.25, [LayerError(3, 0.001, 0.5)], 4096)
+        stages = [CallProgress("1", "draining"), CallProgress("1", "merging", 50, 100)]
+        backend = FakeBackend(stages=stages, report=report)
+        async with serving(backend) as running:
+            merge = adapter_pb2.MergeAdapterRequest(adapter_id="pirate", drain_seconds=2.5, force=True, probe_text="so")
+            merged = await running.adapters.MergeAdapter(merge)
+            assert (merged.adapter.digest, merged.report.held_bytes) == (DIGEST, 4096)
+            assert (merged.report.kl, merged.report.largest_kl) == (0.01, 0.25)
+            assert merged.report.layers == [adapter_pb2.MergeReport.Layer(index=3, weight_error=0.001, delta_error=0.5)]
+            stream = running.adapters.StreamMergeAdapter(adapter_pb2.StreamMergeAdapterRequest(adapter_id="pirate"))
+            *told, last = [message async for message in stream]
+            assert [message.progress for message in told] == [
+                Progress(stage=Progress.STAGE_DRAINING),
+                Progress(stage=Progress.STAGE_MERGING, done_bytes=50, total_bytes=100),
+            ]
+            assert (last.adapter.digest, last.report) == (DIGEST, merged.report)
+            backend.report = None
+            assert not (await running.adapters.MergeAdapter(merge)).HasField("report"), "it was merged already"
+            info = await running.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            assert (info.merged_adapter_digest, info.compensates_merged) == (DIGEST, False)
+            unmerge = adapter_pb2.UnmergeAdapterRequest(adapter_id="pirate", drain_seconds=0.5)
+            assert (await running.adapters.UnmergeAdapter(unmerge)).adapter.digest == DIGEST
+            back = running.adapters.StreamUnmergeAdapter(adapter_pb2.StreamUnmergeAdapterRequest(adapter_id="pirate"))
+            assert [message.WhichOneof("event") async for message in back] == ["progress", "progress", "adapter"]
+            info = await running.server.GetServerInfo(server_pb2.GetServerInfoRequest())
+            assert info.merged_adapter_digest == ""
+        forced, default = MergeOptions(2.5, force=True, probe_text="so"), MergeOptions()
+        assert backend.merged == [("pirate", forced), ("pirate", default), ("pirate", forced)]
+        assert backend.unmerged == [("pirate", MergeOptions(0.5)), ("pirate", default)]
 
     asyncio.run(scenario())
 

@@ -47,7 +47,7 @@ Global___UnloadMode: _TypeAlias = UnloadMode  # noqa: Y015
 @_typing.final
 class Adapter(_message.Message):
     """One published version of an adapter. What it is follows from its digest and never changes; `labels`, `residency`,
-    `tiers` and `pinned` are of the moment.
+    `tiers`, `pinned` and `merged` are of the moment.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -122,6 +122,8 @@ class Adapter(_message.Message):
     RESIDENCY_FIELD_NUMBER: _builtins.int
     TIERS_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
+    TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name it is published under."""
     digest: _builtins.str
@@ -144,6 +146,10 @@ class Adapter(_message.Message):
     """Where it is now: the fastest memory that holds it."""
     pinned: _builtins.bool
     """Whether PinAdapter keeps it in the device's memory."""
+    merged: _builtins.bool
+    """Whether MergeAdapter has put it into the base's weights."""
+    trained_quantization: _builtins.str
+    """How the base's weights were held when it was trained: "none" (16 or 32 bits), "nf4", …; empty if unknown."""
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The labels that point to this version ("latest", …), sorted."""
@@ -178,10 +184,12 @@ class Adapter(_message.Message):
         residency: Global___Adapter.Residency.ValueType = ...,
         tiers: _abc.Iterable[Global___Adapter.Tier] | None = ...,
         pinned: _builtins.bool = ...,
+        merged: _builtins.bool = ...,
+        trained_quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tiers", b"tiers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "merged", b"merged", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tiers", b"tiers", "trained_quantization", b"trained_quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,7 +197,7 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """How far a load or an unload is."""
+    """How far a load, an unload, a merge or an unmerge is."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -212,7 +220,9 @@ class Progress(_message.Message):
         STAGE_CHECKING: Progress._Stage.ValueType  # 5
         """That it does what its tensors say, by a trial on the device."""
         STAGE_DRAINING: Progress._Stage.ValueType  # 6
-        """An unload waits for generations to end."""
+        """An unload, a merge or an unmerge waits for generations to end."""
+        STAGE_MERGING: Progress._Stage.ValueType  # 7
+        """The base's weights are being written, the one way or the other."""
 
     class Stage(_Stage, metaclass=_StageEnumTypeWrapper):
         """The stages in their order; none is certain to be seen."""
@@ -230,7 +240,9 @@ class Progress(_message.Message):
     STAGE_CHECKING: Progress.Stage.ValueType  # 5
     """That it does what its tensors say, by a trial on the device."""
     STAGE_DRAINING: Progress.Stage.ValueType  # 6
-    """An unload waits for generations to end."""
+    """An unload, a merge or an unmerge waits for generations to end."""
+    STAGE_MERGING: Progress.Stage.ValueType  # 7
+    """The base's weights are being written, the one way or the other."""
 
     STAGE_FIELD_NUMBER: _builtins.int
     DONE_BYTES_FIELD_NUMBER: _builtins.int
@@ -655,6 +667,326 @@ class UnpinAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnpinAdapterResponse: _TypeAlias = UnpinAdapterResponse  # noqa: Y015
+
+@_typing.final
+class MergeReport(_message.Message):
+    """How far merged serving is from unmerged, through rounding to the format of the base's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Layer(_message.Message):
+        """The norm of what rounding took off a layer's merged weights W + D."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        INDEX_FIELD_NUMBER: _builtins.int
+        WEIGHT_ERROR_FIELD_NUMBER: _builtins.int
+        DELTA_ERROR_FIELD_NUMBER: _builtins.int
+        index: _builtins.int
+        """Which, from 0."""
+        weight_error: _builtins.float
+        """Relative to the norm of W + D."""
+        delta_error: _builtins.float
+        """Relative to the norm of D, what the adapter adds."""
+        def __init__(
+            self,
+            *,
+            index: _builtins.int = ...,
+            weight_error: _builtins.float = ...,
+            delta_error: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_error", b"delta_error", "index", b"index", "weight_error", b"weight_error"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KL_FIELD_NUMBER: _builtins.int
+    LARGEST_KL_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    kl: _builtins.float
+    """KL(unmerged || merged) of the next token, in nats: the mean over the probe's tokens."""
+    largest_kl: _builtins.float
+    """The largest over the probe's tokens."""
+    held_bytes: _builtins.int
+    """Bytes of the base's own weights that lie in the host's memory until it is unmerged."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___MergeReport.Layer]:
+        """Each layer that the adapter changes."""
+
+    def __init__(
+        self,
+        *,
+        kl: _builtins.float = ...,
+        largest_kl: _builtins.float = ...,
+        layers: _abc.Iterable[Global___MergeReport.Layer] | None = ...,
+        held_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_bytes", b"held_bytes", "kl", b"kl", "largest_kl", b"largest_kl", "layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeReport: _TypeAlias = MergeReport  # noqa: Y015
+
+@_typing.final
+class MergeAdapterRequest(_message.Message):
+    """Asks to add a version to the base's weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    PROBE_TEXT_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`; what the label means later is another version."""
+    drain_seconds: _builtins.float
+    """How long running generations are waited for, in seconds: above 0. Absent: 60."""
+    force: _builtins.bool
+    """Merge it however far that is from unmerged serving."""
+    probe_text: _builtins.str
+    """The text on which merged serving is compared with unmerged: up to 100,000 characters, of which the first tokens are
+    taken. Empty: the server's own, in English.
+    """
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        drain_seconds: _builtins.float | None = ...,
+        force: _builtins.bool = ...,
+        probe_text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "adapter_id", b"adapter_id", "drain_seconds", b"drain_seconds", "force", b"force", "probe_text", b"probe_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___MergeAdapterRequest: _TypeAlias = MergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class MergeAdapterResponse(_message.Message):
+    """The version that is merged now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    @_builtins.property
+    def report(self) -> Global___MergeReport:
+        """What merging does to its answers; absent if it was merged already."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+        report: Global___MergeReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeAdapterResponse: _TypeAlias = MergeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class StreamMergeAdapterRequest(_message.Message):
+    """Asks to add a version to the base's weights. The fields are those of MergeAdapterRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    PROBE_TEXT_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`; what the label means later is another version."""
+    drain_seconds: _builtins.float
+    """How long running generations are waited for, in seconds: above 0. Absent: 60."""
+    force: _builtins.bool
+    """Merge it however far that is from unmerged serving."""
+    probe_text: _builtins.str
+    """The text on which merged serving is compared with unmerged: up to 100,000 characters, of which the first tokens are
+    taken. Empty: the server's own, in English.
+    """
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        drain_seconds: _builtins.float | None = ...,
+        force: _builtins.bool = ...,
+        probe_text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "adapter_id", b"adapter_id", "drain_seconds", b"drain_seconds", "force", b"force", "probe_text", b"probe_text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___StreamMergeAdapterRequest: _TypeAlias = StreamMergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class StreamMergeAdapterResponse(_message.Message):
+    """How far the merge is, or its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """How far it is."""
+
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version that is merged now."""
+
+    @_builtins.property
+    def report(self) -> Global___MergeReport:
+        """With the adapter: what merging does to its answers; absent if it was merged already."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___Progress | None = ...,
+        adapter: Global___Adapter | None = ...,
+        report: Global___MergeReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___StreamMergeAdapterResponse: _TypeAlias = StreamMergeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class UnmergeAdapterRequest(_message.Message):
+    """Asks to give the base its own weights back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`: the version that is merged."""
+    drain_seconds: _builtins.float
+    """How long running generations are waited for, in seconds: above 0. Absent: 60."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        drain_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "adapter_id", b"adapter_id", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___UnmergeAdapterRequest: _TypeAlias = UnmergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UnmergeAdapterResponse(_message.Message):
+    """The version that is not merged any more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The adapter."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnmergeAdapterResponse: _TypeAlias = UnmergeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class StreamUnmergeAdapterRequest(_message.Message):
+    """Asks to give the base its own weights back. The fields are those of UnmergeAdapterRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_SECONDS_FIELD_NUMBER: _builtins.int
+    adapter_id: _builtins.str
+    """`name`, `name@label` or `name@sha256:<64 hex digits>`: the version that is merged."""
+    drain_seconds: _builtins.float
+    """How long running generations are waited for, in seconds: above 0. Absent: 60."""
+    def __init__(
+        self,
+        *,
+        adapter_id: _builtins.str = ...,
+        drain_seconds: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds", "adapter_id", b"adapter_id", "drain_seconds", b"drain_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__drain_seconds: _TypeAlias = _typing.Literal["drain_seconds"]  # noqa: Y015
+    _WhichOneofArgType__drain_seconds: _TypeAlias = _typing.Literal["_drain_seconds", b"_drain_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__drain_seconds) -> _WhichOneofReturnType__drain_seconds | None: ...
+
+Global___StreamUnmergeAdapterRequest: _TypeAlias = StreamUnmergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class StreamUnmergeAdapterResponse(_message.Message):
+    """How far the unmerge is, or its end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___Progress:
+        """How far it is."""
+
+    @_builtins.property
+    def adapter(self) -> Global___Adapter:
+        """The version that is not merged any more."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___Progress | None = ...,
+        adapter: Global___Adapter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "event", b"event", "progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "adapter"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___StreamUnmergeAdapterResponse: _TypeAlias = StreamUnmergeAdapterResponse  # noqa: Y015
 
 @_typing.final
 class MoveAdapterLabelRequest(_message.Message):

@@ -81,6 +81,26 @@ class AdapterServiceStub:
                 request_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
                 response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/MergeAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterResponse.FromString,
+                _registered_method=True)
+        self.StreamMergeAdapter = channel.unary_stream(
+                '/lorikeet.v1.AdapterService/StreamMergeAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnmergeAdapter = channel.unary_unary(
+                '/lorikeet.v1.AdapterService/UnmergeAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.FromString,
+                _registered_method=True)
+        self.StreamUnmergeAdapter = channel.unary_stream(
+                '/lorikeet.v1.AdapterService/StreamUnmergeAdapter',
+                request_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterRequest.SerializeToString,
+                response_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterResponse.FromString,
+                _registered_method=True)
         self.MoveAdapterLabel = channel.unary_unary(
                 '/lorikeet.v1.AdapterService/MoveAdapterLabel',
                 request_serializer=lorikeet_dot_v1_dot_adapter__pb2.MoveAdapterLabelRequest.SerializeToString,
@@ -166,6 +186,43 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapter(self, request, context):
+        """Adds a version to the base's weights: from then on its generations cost what the base's do, and others are refused
+        (FAILED_PRECONDITION, reason BASE_MERGED) or, if the server compensates, served by taking it off again. Generations
+        that are there when the call comes run to their end first, those that come meanwhile wait. At most one version is
+        merged; it stays in memory, and stays merged when the engine is started again.
+
+        FAILED_PRECONDITION (reason BASE_MERGED) while another version is merged, and (reason ADAPTER_MERGE_REFUSED) where
+        rounding to the base's format would make merged serving differ too much from unmerged; RESOURCE_EXHAUSTED (reason
+        ADAPTER_MERGE_TOO_LARGE) where the host has no room for the weights that are put aside; ABORTED (reason
+        ADAPTER_MERGE_ABORTED) when generations do not end in time. Cancelling the call does not stop the merge.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamMergeAdapter(self, request, context):
+        """The same, told as it goes on; the last message has the adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnmergeAdapter(self, request, context):
+        """Gives the base its own weights back, bit for bit, likewise. A version that is not merged is fine, and a merge that
+        still waits is given up. ABORTED (reason ADAPTER_MERGE_ABORTED) when generations do not end in time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamUnmergeAdapter(self, request, context):
+        """The same, told as it goes on; the last message has the adapter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def MoveAdapterLabel(self, request, context):
         """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
         `expected_digest`: look again, then decide.
@@ -232,6 +289,26 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnpinAdapter,
                     request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.FromString,
                     response_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'MergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterResponse.SerializeToString,
+            ),
+            'StreamMergeAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamMergeAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterResponse.SerializeToString,
+            ),
+            'UnmergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnmergeAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.SerializeToString,
+            ),
+            'StreamUnmergeAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamUnmergeAdapter,
+                    request_deserializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterRequest.FromString,
+                    response_serializer=lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterResponse.SerializeToString,
             ),
             'MoveAdapterLabel': grpc.unary_unary_rpc_method_handler(
                     servicer.MoveAdapterLabel,
@@ -472,6 +549,114 @@ class AdapterService:
             '/lorikeet.v1.AdapterService/UnpinAdapter',
             lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
             lorikeet_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/MergeAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.MergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamMergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/StreamMergeAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.StreamMergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnmergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/UnmergeAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamUnmergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorikeet.v1.AdapterService/StreamUnmergeAdapter',
+            lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterRequest.SerializeToString,
+            lorikeet_dot_v1_dot_adapter__pb2.StreamUnmergeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

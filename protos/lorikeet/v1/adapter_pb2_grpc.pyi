@@ -60,6 +60,25 @@ class AdapterServiceStub:
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
     """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+    MergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]
+    """Adds a version to the base's weights: from then on its generations cost what the base's do, and others are refused
+    (FAILED_PRECONDITION, reason BASE_MERGED) or, if the server compensates, served by taking it off again. Generations
+    that are there when the call comes run to their end first, those that come meanwhile wait. At most one version is
+    merged; it stays in memory, and stays merged when the engine is started again.
+
+    FAILED_PRECONDITION (reason BASE_MERGED) while another version is merged, and (reason ADAPTER_MERGE_REFUSED) where
+    rounding to the base's format would make merged serving differ too much from unmerged; RESOURCE_EXHAUSTED (reason
+    ADAPTER_MERGE_TOO_LARGE) where the host has no room for the weights that are put aside; ABORTED (reason
+    ADAPTER_MERGE_ABORTED) when generations do not end in time. Cancelling the call does not stop the merge.
+    """
+    StreamMergeAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.StreamMergeAdapterRequest, _adapter_pb2.StreamMergeAdapterResponse]
+    """The same, told as it goes on; the last message has the adapter."""
+    UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]
+    """Gives the base its own weights back, bit for bit, likewise. A version that is not merged is fine, and a merge that
+    still waits is given up. ABORTED (reason ADAPTER_MERGE_ABORTED) when generations do not end in time.
+    """
+    StreamUnmergeAdapter: _grpc.UnaryStreamMultiCallable[_adapter_pb2.StreamUnmergeAdapterRequest, _adapter_pb2.StreamUnmergeAdapterResponse]
+    """The same, told as it goes on; the last message has the adapter."""
     MoveAdapterLabel: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MoveAdapterLabelRequest, _adapter_pb2.MoveAdapterLabelResponse]
     """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
     `expected_digest`: look again, then decide.
@@ -104,6 +123,25 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
     """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+    MergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]  # type: ignore[assignment]
+    """Adds a version to the base's weights: from then on its generations cost what the base's do, and others are refused
+    (FAILED_PRECONDITION, reason BASE_MERGED) or, if the server compensates, served by taking it off again. Generations
+    that are there when the call comes run to their end first, those that come meanwhile wait. At most one version is
+    merged; it stays in memory, and stays merged when the engine is started again.
+
+    FAILED_PRECONDITION (reason BASE_MERGED) while another version is merged, and (reason ADAPTER_MERGE_REFUSED) where
+    rounding to the base's format would make merged serving differ too much from unmerged; RESOURCE_EXHAUSTED (reason
+    ADAPTER_MERGE_TOO_LARGE) where the host has no room for the weights that are put aside; ABORTED (reason
+    ADAPTER_MERGE_ABORTED) when generations do not end in time. Cancelling the call does not stop the merge.
+    """
+    StreamMergeAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.StreamMergeAdapterRequest, _adapter_pb2.StreamMergeAdapterResponse]  # type: ignore[assignment]
+    """The same, told as it goes on; the last message has the adapter."""
+    UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
+    """Gives the base its own weights back, bit for bit, likewise. A version that is not merged is fine, and a merge that
+    still waits is given up. ABORTED (reason ADAPTER_MERGE_ABORTED) when generations do not end in time.
+    """
+    StreamUnmergeAdapter: _aio.UnaryStreamMultiCallable[_adapter_pb2.StreamUnmergeAdapterRequest, _adapter_pb2.StreamUnmergeAdapterResponse]  # type: ignore[assignment]
+    """The same, told as it goes on; the last message has the adapter."""
     MoveAdapterLabel: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MoveAdapterLabelRequest, _adapter_pb2.MoveAdapterLabelResponse]  # type: ignore[assignment]
     """Points a label to another version of its adapter, in one step. ABORTED (reason LABEL_MOVED) where it is not at
     `expected_digest`: look again, then decide.
@@ -193,6 +231,49 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapter_pb2.UnpinAdapterResponse]]:
         """Lets a version be dropped again when others need the room. One that is not pinned is fine."""
+
+    @_abc_1.abstractmethod
+    def MergeAdapter(
+        self,
+        request: _adapter_pb2.MergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.MergeAdapterResponse, _abc.Awaitable[_adapter_pb2.MergeAdapterResponse]]:
+        """Adds a version to the base's weights: from then on its generations cost what the base's do, and others are refused
+        (FAILED_PRECONDITION, reason BASE_MERGED) or, if the server compensates, served by taking it off again. Generations
+        that are there when the call comes run to their end first, those that come meanwhile wait. At most one version is
+        merged; it stays in memory, and stays merged when the engine is started again.
+
+        FAILED_PRECONDITION (reason BASE_MERGED) while another version is merged, and (reason ADAPTER_MERGE_REFUSED) where
+        rounding to the base's format would make merged serving differ too much from unmerged; RESOURCE_EXHAUSTED (reason
+        ADAPTER_MERGE_TOO_LARGE) where the host has no room for the weights that are put aside; ABORTED (reason
+        ADAPTER_MERGE_ABORTED) when generations do not end in time. Cancelling the call does not stop the merge.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamMergeAdapter(
+        self,
+        request: _adapter_pb2.StreamMergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.StreamMergeAdapterResponse], _abc.AsyncIterator[_adapter_pb2.StreamMergeAdapterResponse]]:
+        """The same, told as it goes on; the last message has the adapter."""
+
+    @_abc_1.abstractmethod
+    def UnmergeAdapter(
+        self,
+        request: _adapter_pb2.UnmergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UnmergeAdapterResponse, _abc.Awaitable[_adapter_pb2.UnmergeAdapterResponse]]:
+        """Gives the base its own weights back, bit for bit, likewise. A version that is not merged is fine, and a merge that
+        still waits is given up. ABORTED (reason ADAPTER_MERGE_ABORTED) when generations do not end in time.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamUnmergeAdapter(
+        self,
+        request: _adapter_pb2.StreamUnmergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.StreamUnmergeAdapterResponse], _abc.AsyncIterator[_adapter_pb2.StreamUnmergeAdapterResponse]]:
+        """The same, told as it goes on; the last message has the adapter."""
 
     @_abc_1.abstractmethod
     def MoveAdapterLabel(

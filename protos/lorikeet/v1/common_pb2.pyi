@@ -47,6 +47,34 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 """Cancelled before it ended by itself; what was made until then is in the response."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Serving:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ServingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Serving.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SERVING_UNSPECIFIED: _Serving.ValueType  # 0
+    """Not known."""
+    SERVING_UNMERGED: _Serving.ValueType  # 1
+    """As a low-rank term beside the base's own weights; without an adapter, these weights alone."""
+    SERVING_MERGED: _Serving.ValueType  # 2
+    """It is merged into the base's weights."""
+    SERVING_COMPENSATED: _Serving.ValueType  # 3
+    """Another adapter is merged into the base's weights, and is taken off again by a low-rank term."""
+
+class Serving(_Serving, metaclass=_ServingEnumTypeWrapper):
+    """How a generation's adapter is applied."""
+
+SERVING_UNSPECIFIED: Serving.ValueType  # 0
+"""Not known."""
+SERVING_UNMERGED: Serving.ValueType  # 1
+"""As a low-rank term beside the base's own weights; without an adapter, these weights alone."""
+SERVING_MERGED: Serving.ValueType  # 2
+"""It is merged into the base's weights."""
+SERVING_COMPENSATED: Serving.ValueType  # 3
+"""Another adapter is merged into the base's weights, and is taken off again by a low-rank term."""
+Global___Serving: _TypeAlias = Serving  # noqa: Y015
+
 @_typing.final
 class Sampling(_message.Message):
     """How each token is drawn. Fields are `optional` where zero means something else than absence."""

@@ -91,6 +91,8 @@ class GenerateResponse(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The generated text."""
     finish_reason: _common_pb2.FinishReason.ValueType
@@ -99,6 +101,12 @@ class GenerateResponse(_message.Message):
     """The adapter version that really served it, `sha256:<64 hex digits>`; empty is the base model."""
     request_id: _builtins.str
     """The request's, or the one the server made."""
+    serving: _common_pb2.Serving.ValueType
+    """How the adapter was applied."""
+    trained_quantization: _builtins.str
+    """How the base's weights were held when the adapter was trained ("none", "nf4", …), where that is known and is not
+    how they are held now; else empty.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The generated tokens, a stop token included."""
@@ -126,10 +134,12 @@ class GenerateResponse(_message.Message):
         adapter_digest: _builtins.str = ...,
         timings: _common_pb2.Timings | None = ...,
         request_id: _builtins.str = ...,
+        serving: _common_pb2.Serving.ValueType = ...,
+        trained_quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "serving", b"serving", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "trained_quantization", b"trained_quantization", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -207,6 +217,8 @@ class StreamGenerateResponse(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The text new since the last message: always whole characters. May be empty."""
     finish_reason: _common_pb2.FinishReason.ValueType
@@ -217,6 +229,12 @@ class StreamGenerateResponse(_message.Message):
     """
     request_id: _builtins.str
     """The request's, or the one the server made. In every message."""
+    serving: _common_pb2.Serving.ValueType
+    """How the adapter is applied. In every message, and the same in all."""
+    trained_quantization: _builtins.str
+    """How the base's weights were held when the adapter was trained ("none", "nf4", …), where that is known and is not
+    how they are held now; else empty. Only in the last message.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The tokens new since the last message. Their text can follow in a later message."""
@@ -244,10 +262,12 @@ class StreamGenerateResponse(_message.Message):
         adapter_digest: _builtins.str = ...,
         timings: _common_pb2.Timings | None = ...,
         request_id: _builtins.str = ...,
+        serving: _common_pb2.Serving.ValueType = ...,
+        trained_quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "request_id", b"request_id", "serving", b"serving", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "trained_quantization", b"trained_quantization", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

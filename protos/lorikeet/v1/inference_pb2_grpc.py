@@ -34,9 +34,10 @@ class InferenceServiceStub:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     def __init__(self, channel):
@@ -66,9 +67,10 @@ class InferenceServiceServicer:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     def Generate(self, request, context):
@@ -115,9 +117,10 @@ class InferenceService:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     @staticmethod

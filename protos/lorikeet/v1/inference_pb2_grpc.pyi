@@ -35,9 +35,10 @@ class InferenceServiceStub:
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     @_typing.overload
@@ -59,9 +60,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -79,9 +81,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
-    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault), RESOURCE_EXHAUSTED
-    (the queue is full), ABORTED (the stream was not read for too long), UNAVAILABLE (starting, stopping, or the
-    engine was lost), INTERNAL (the server's fault; its log tells more under the id in the message).
+    FAILED_PRECONDITION (the adapter's files do not fit; PreconditionFailure lists every fault; or, reason BASE_MERGED,
+    another adapter is merged into the base), RESOURCE_EXHAUSTED (the queue is full), ABORTED (the stream was not read
+    for too long), UNAVAILABLE (starting, stopping, or the engine was lost), INTERNAL (the server's fault; its log tells
+    more under the id in the message).
     """
 
     @_abc_1.abstractmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorikeet/v1/server.proto\x12\x0blorikeet.v1\"\x16\n\x14GetServerInfoRequest\"\xba\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x16.lorikeet.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.lorikeet.v1.Limits\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\"M\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\"\xb2\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x05 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_stop_strings\x18\x07 \x01(\r2g\n\rServerService\x12V\n\rGetServerInfo\x12!.lorikeet.v1.GetServerInfoRequest\x1a\".lorikeet.v1.GetServerInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorikeet/v1/server.proto\x12\x0blorikeet.v1\"\x16\n\x14GetServerInfoRequest\"\xf5\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12$\n\x04\x62\x61se\x18\x02 \x01(\x0b\x32\x16.lorikeet.v1.BaseModel\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.lorikeet.v1.Limits\x12\x10\n\x08\x64raining\x18\x07 \x01(\x08\x12\x1d\n\x15merged_adapter_digest\x18\x08 \x01(\t\x12\x1a\n\x12\x63ompensates_merged\x18\t \x01(\x08\"M\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x03 \x01(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\"\xb2\x01\n\x06Limits\x12\x15\n\rmax_model_len\x18\x01 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x02 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x03 \x01(\r\x12\x18\n\x10max_batch_tokens\x18\x04 \x01(\r\x12\x17\n\x0fkv_cache_tokens\x18\x05 \x01(\x04\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x04\x12\x18\n\x10max_stop_strings\x18\x07 \x01(\r2g\n\rServerService\x12V\n\rGetServerInfo\x12!.lorikeet.v1.GetServerInfoRequest\x1a\".lorikeet.v1.GetServerInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSERVERINFOREQUEST']._serialized_start=41
   _globals['_GETSERVERINFOREQUEST']._serialized_end=63
   _globals['_GETSERVERINFORESPONSE']._serialized_start=66
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=252
-  _globals['_BASEMODEL']._serialized_start=254
-  _globals['_BASEMODEL']._serialized_end=331
-  _globals['_LIMITS']._serialized_start=334
-  _globals['_LIMITS']._serialized_end=512
-  _globals['_SERVERSERVICE']._serialized_start=514
-  _globals['_SERVERSERVICE']._serialized_end=617
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=311
+  _globals['_BASEMODEL']._serialized_start=313
+  _globals['_BASEMODEL']._serialized_end=390
+  _globals['_LIMITS']._serialized_start=393
+  _globals['_LIMITS']._serialized_end=571
+  _globals['_SERVERSERVICE']._serialized_start=573
+  _globals['_SERVERSERVICE']._serialized_end=676
 # @@protoc_insertion_point(module_scope)

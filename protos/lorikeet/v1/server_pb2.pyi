@@ -46,6 +46,8 @@ class GetServerInfoResponse(_message.Message):
     QUANTIZATION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    MERGED_ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    COMPENSATES_MERGED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Lorikeet's version."""
     device: _builtins.str
@@ -56,6 +58,10 @@ class GetServerInfoResponse(_message.Message):
     """Of the base's weights; empty: none."""
     draining: _builtins.bool
     """Whether the server is stopping and takes no new requests."""
+    merged_adapter_digest: _builtins.str
+    """The adapter that is merged into the base's weights; empty: none."""
+    compensates_merged: _builtins.bool
+    """Whether, while an adapter is merged, generations of others are served (by taking it off again) and not refused."""
     @_builtins.property
     def base(self) -> Global___BaseModel:
         """The resident base model."""
@@ -74,10 +80,12 @@ class GetServerInfoResponse(_message.Message):
         quantization: _builtins.str = ...,
         limits: Global___Limits | None = ...,
         draining: _builtins.bool = ...,
+        merged_adapter_digest: _builtins.str = ...,
+        compensates_merged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "device", b"device", "draining", b"draining", "dtype", b"dtype", "limits", b"limits", "quantization", b"quantization", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "compensates_merged", b"compensates_merged", "device", b"device", "draining", b"draining", "dtype", b"dtype", "limits", b"limits", "merged_adapter_digest", b"merged_adapter_digest", "quantization", b"quantization", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
