@@ -2,10 +2,12 @@
 
     python -m benchmarks.cold_adapter [--model DIR] [--count 40] [--rank 16] [--prompt 32]
 
-A server runs as a process of its own on loopback and does nothing else. Each of `count` adapters that were never
-loaded is asked for one token, and between them one that is resident. `file_read_ms` is the time to read a file of an
-adapter as large as they are, from the same page cache. `excess_ms` is what the cold first token takes beyond the
-resident one's and that reading; `load_ms` is the part of it that the server says it waited for the adapter.
+A server runs as a process of its own on loopback and does nothing else; it has room for few adapters and keeps no
+others in host memory. Each of `count` adapters is asked for one token twice, after all the others: `new` was never
+loaded, and has its canary, `cold` was evicted since. Between them one is asked that is resident. `file_read_ms` is
+the time to read a file of an adapter as large as they are, from the same page cache. `excess_ms` is what a first token
+takes beyond the resident one's and that reading; `load_ms` is the part of it that the server says it waited for the
+adapter.
 """
 
 import argparse
@@ -18,11 +20,12 @@ from pathlib import Path
 
 import grpc
 
-from benchmarks.live import publish_random, quantile, serving, surroundings
+from benchmarks.live import adapter_bytes, publish_random, quantile, serving, surroundings
 from lorikeet.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from server.base.resolve import resolve_base
 
 WARM = 10
+ROOM = 8  # adapters
 
 
 def main() -> None:
@@ -34,8 +37,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--no-canary", action="store_true", help="as the server's")
     args = parser.parse_args()
-    options = ["--device", args.device, *(["--no-canary"] if args.no_canary else [])]
     base = resolve_base(args.model)
+    room = ROOM * adapter_bytes(base, args.rank)
+    options = ["--device", args.device, "--adapter-memory", str(room), "--host-adapter-memory", "0"]
+    options += ["--no-canary"] if args.no_canary else []
     with tempfile.TemporaryDirectory() as scratch:
         versions = publish_random(base, Path(scratch), args.count + 1, args.rank)
         reading = [read_seconds(version.path / "adapter_model.safetensors") for version in versions]
@@ -45,9 +50,10 @@ def main() -> None:
         ):
             result = measure(inference_pb2_grpc.InferenceServiceStub(channel), args)
     result |= {"file_read_ms": statistics.median(reading) * 1e3}
-    for share in ("median", "p90"):
-        excess = result[f"cold_{share}_ms"] - result[f"resident_{share}_ms"] - result["file_read_ms"]
-        result[f"excess_{share}_ms"] = excess
+    for name in ("new", "cold"):
+        for share in ("median", "p90"):
+            excess = result[f"{name}_{share}_ms"] - result[f"resident_{share}_ms"] - result["file_read_ms"]
+            result[f"{name}_excess_{share}_ms"] = excess
     case: dict[str, object] = {"bench": "cold_adapter", "count": args.count, "rank": args.rank, "prompt": args.prompt}
     case |= {"canary": not args.no_canary, "file_bytes": versions[0].manifest.size_bytes}
     case |= {key: round(value, 2) for key, value in result.items()}
@@ -84,14 +90,20 @@ def measure(stub: inference_pb2_grpc.InferenceServiceStub, args: argparse.Namesp
 
     for _ in range(WARM):
         first("a0")
-    pairs = [(first(f"a{1 + i}"), first("a0")) for i in range(args.count)]
-    cold, resident = [pair[0][0] for pair in pairs], [pair[1][0] for pair in pairs]
-    load = [pair[0][1] for pair in pairs]
     result: dict[str, float] = {}
-    for name, values in (("cold", cold), ("resident", resident), ("load", load)):
-        result[f"{name}_median_ms"] = statistics.median(values) * 1e3
-        result[f"{name}_p90_ms"] = quantile(values, 0.9) * 1e3
+    resident: list[float] = []
+    for name in ("new", "cold"):
+        pairs = [(first(f"a{1 + i}"), first("a0")) for i in range(args.count)]
+        resident += [pair[1][0] for pair in pairs]
+        result |= _summary(name, [pair[0][0] for pair in pairs])
+        result |= _summary(f"{name}_load", [pair[0][1] for pair in pairs])
+    result |= _summary("resident", resident)
     return result
+
+
+def _summary(name: str, seconds: list[float]) -> dict[str, float]:
+    median, p90 = statistics.median(seconds), quantile(seconds, 0.9)
+    return {f"{name}_median_ms": median * 1e3, f"{name}_p90_ms": p90 * 1e3}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from lorikeet.v1 import (
 )
 from server.cli import main
 from server.cli.exits import ExitCode
-from server.cli.options import parse_address, parse_size
+from server.cli.options import parse_address, parse_size, parse_size_or_none
 from tests.support.base_files import write_base
 
 DIGEST = "sha256:" + "ab" * 32
@@ -261,6 +261,12 @@ def test_sizes(text: str, size: int) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         parse_size(text)
+
+
+def test_only_a_size_that_may_be_nothing_takes_zero() -> None:
+    assert (parse_size_or_none("0"), parse_size_or_none("2KiB")) == (0, 2048)
+    with pytest.raises(typer.BadParameter, match="above zero"):
+        parse_size("0")
 
 
 @pytest.mark.parametrize("text", ["localhost", ":1", "a:0", "a:65536", "a b:1", "::1:50051", "a:1:2"])

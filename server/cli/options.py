@@ -54,6 +54,11 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_size_or_none(text: str) -> int:
+    """As `parse_size`, and 0 for none at all."""
+    return 0 if text.strip() == "0" else parse_size(text)
+
+
 def parse_address(text: str) -> str:
     """`host:port`, checked for its form only."""
     match = _ADDRESS.fullmatch(text)

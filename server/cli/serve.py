@@ -17,6 +17,7 @@ from server.cli.options import (
     QuantizationBlock,
     Store,
     parse_size,
+    parse_size_or_none,
 )
 from server.cli.output import print_json, print_note
 
@@ -93,7 +94,7 @@ def serve(
     host_adapter_memory: Annotated[
         int | None,
         typer.Option(
-            parser=parse_size,
+            parser=parse_size_or_none,
             metavar="SIZE",
             help="Host memory for adapters that left the device; 0 for none [chosen].",
         ),

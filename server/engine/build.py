@@ -26,6 +26,7 @@ from server.engine.runner import DecodeGraphs, Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.errors import BaseModelError, ConfigError
+from server.kernels import Scratch
 from server.lora.pace import Pace
 from server.lora.pool import AdapterPool
 from server.lora.weights import Identity, load_adapter
@@ -68,7 +69,7 @@ def build_engine(
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
-    pace = Pace()
+    pace, scratch = Pace(), Scratch()
     adapters = AdapterCache(
         pool,
         lambda adapter: load_adapter(
@@ -78,6 +79,7 @@ def build_engine(
             Identity(adapter.digest, config.base_digest),
             pin=device.type == "cuda",
             pace=pace,
+            scratch=scratch,
         ),
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),

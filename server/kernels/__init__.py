@@ -9,7 +9,7 @@ Shapes use n = tokens of the batch, h = hidden size, d = head size.
 from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.layer import add_rms_norm, rms_norm, rope_and_store, silu_mul
 from server.kernels.linear import Linear, PackedLinear, linear_silu_mul, pack_linear, side_by_side
-from server.kernels.memory import reserve
+from server.kernels.memory import Scratch, reserve
 from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import rope_table
 from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
@@ -19,6 +19,7 @@ __all__ = [
     "PackedLinear",
     "QuantizedWeight",
     "RowRun",
+    "Scratch",
     "add_rms_norm",
     "dequantize",
     "head_rows",

@@ -3,6 +3,8 @@
 import contextlib
 import math
 import mmap
+from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,3 +22,24 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+class Scratch:
+    """Host memory that is used again: taking new pages costs several times what writing them does."""
+
+    def __init__(self, max_kept: int = 64 << 20) -> None:
+        self._max_kept = max_kept  # bytes of a buffer: larger ones are given back to the operating system
+        self._free: deque[Tensor] = deque(maxlen=2)
+
+    @contextlib.contextmanager
+    def take(self, num_bytes: int) -> Iterator[Tensor]:
+        """Bytes of anything, for one user at a time; safe from any thread."""
+        try:
+            buffer = self._free.pop()
+        except IndexError:
+            buffer = torch.empty(0, dtype=torch.uint8)
+        if buffer.numel() < num_bytes:
+            buffer = reserve((num_bytes,), torch.uint8, torch.device("cpu"), is_sparse=False)
+        yield buffer[:num_bytes]
+        if buffer.numel() <= self._max_kept:
+            self._free.append(buffer)

@@ -16,7 +16,7 @@ from adapters.errors import InvalidAdapter
 from adapters.layout import AdapterLayout, LoraModule, read_layout
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, TensorEntry, opened, refuse
 from server.base.spec import ModelSpec
-from server.kernels import reserve
+from server.kernels import Scratch, reserve
 from server.lora.pace import Pace
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,27 +78,28 @@ def load_adapter(
     identity: Identity | None = None,
     pin: bool = False,
     pace: Pace | None = None,
+    scratch: Scratch | None = None,
 ) -> PackedAdapter:
     """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
     UnsupportedAdapter listing the faults; also when the bytes that were read are not those of `identity`. What
-    computes keeps to `pace`; what waits for a disk does not.
+    computes keeps to `pace`; what waits for a disk does not. Files are read into `scratch`.
     """
-    pace = pace or Pace()
+    pace, scratch = pace or Pace(), scratch or Scratch()
     with pace:
         # Whether an adapter without effect is wanted was decided when it was published; values are looked at below.
         layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
     entries = list(layout.tensors.values())
-    with opened(directory / WEIGHTS_FILE) as fd:
-        data, header = _read_data(fd, entries), _read_header_bytes(fd, entries)
     rank = max(module.rank for module in layout.modules.values())
-    with pace, ThreadPoolExecutor(1, "adapter-hasher") as beside:
-        hashing = (
-            beside.submit(_digest, identity.base_digest, directory, header, data) if identity is not None else None
-        )
-        flat, packed = _allocate(spec, rank, dtype, pin)
-        _fill(packed, spec, layout, _as_tensors(data, entries), pace)
-        low, high = torch.aminmax(flat)  # NaN shows in both
-        digest = hashing.result() if hashing is not None else None
+    with scratch.take(_data_bytes(entries)) as data:
+        with opened(directory / WEIGHTS_FILE) as fd:
+            _read_data(fd, entries, data)
+            header = _read_header_bytes(fd, entries)
+        with pace, ThreadPoolExecutor(1, "adapter-hasher") as beside:
+            hashing = beside.submit(_digest, identity.base_digest, directory, header, data) if identity else None
+            flat, packed = _allocate(spec, rank, dtype, pin)
+            _fill(packed, spec, layout, _as_tensors(data, entries), pace)
+            low, high = torch.aminmax(flat)  # NaN shows in both
+            digest = hashing.result() if hashing is not None else None
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         raise _not_finite(directory, spec, packed, dtype)
     if identity is not None and digest != identity.digest:  # last: other faults say more
@@ -112,16 +113,19 @@ def load_adapter(
 def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
     """The tensors of an open safetensors file, whose entries lie one behind the other, by one read into private
     memory. Not mapped: a file cut short under a map ends the process. Raises InvalidAdapter if it is cut short."""
-    return _as_tensors(_read_data(fd, entries), entries)
+    data = torch.empty(_data_bytes(entries), dtype=torch.uint8)
+    _read_data(fd, entries, data)
+    return _as_tensors(data, entries)
 
 
-def _read_data(fd: int, entries: Sequence[TensorEntry]) -> Tensor:
+def _data_bytes(entries: Sequence[TensorEntry]) -> int:
+    return entries[-1].stop - entries[0].start if entries else 0
+
+
+def _read_data(fd: int, entries: Sequence[TensorEntry], data: Tensor) -> None:
     """All bytes after the header."""
-    first = entries[0].start if entries else 0
-    size = entries[-1].stop - first if entries else 0
-    data = reserve((size,), torch.uint8, torch.device("cpu"), is_sparse=False)
-    _read_into(fd, data.numpy().data, first, entries)
-    return data
+    if entries:
+        _read_into(fd, data.numpy().data, entries[0].start, entries)
 
 
 def _read_header_bytes(fd: int, entries: Sequence[TensorEntry]) -> bytes:
