@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(metavar="DIR|HUB_ID", help="The base model: a directory or a Hugging Face id.")
-    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write it: a new directory, or an empty one.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="DIR|HUB_ID", help="The base model; without it: SmolLM2-135M-Instruct."),
+    ] = None,
     quantization: Annotated[FourBits, typer.Option(help="The format.")] = FourBits.NF4,
     quantization_block: QuantizationBlock = 64,
     double_quantization: DoubleQuantization = True,

@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--socket", required=True, help="the ipc:// address that the front end has bound")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises another package on a CPU
     # The front end decides when to stop: a terminal's Ctrl-C reaches both processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)

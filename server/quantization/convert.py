@@ -97,7 +97,9 @@ def _write(target: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int
     size = total = 0
 
     def flush() -> None:
-        save_file(pending, target / f"{len(shards)}.part", metadata={"format": "pt"})
+        path = target / f"{len(shards)}.part"
+        save_file(pending, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # as the files beside it
         shards.append(list(pending))
         pending.clear()
 
