@@ -49,11 +49,12 @@ class Record:
 
 
 def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, object]:
-    """Of the requests that ended between `begin` and `end` their latencies, of all the tokens that came in between.
-    Seconds, and tokens or requests per second."""
+    """Throughput is what came between `begin` and `end`, in tokens or requests a second. Latencies, in seconds, are of
+    all that ended after `begin`: those still under way at the end too, or long requests would be missing."""
     records = list(records)
-    ended = [record for record in records if begin <= record.ended <= end]
+    ended = [record for record in records if record.ended >= begin]
     good = [record for record in ended if record.is_ok]
+    in_time = sum(record.ended <= end for record in good)
     failed = [record for record in ended if not record.is_ok]
     tokens = sum(count for record in records for when, count in record.arrivals if begin < when <= end)
     adapters: dict[str, list[Record]] = {}
@@ -62,7 +63,7 @@ def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, 
     return {
         "seconds": round(end - begin, 3),
         "requests": len(good),
-        "requests_per_second": round(len(good) / (end - begin), 3),
+        "requests_per_second": round(in_time / (end - begin), 3),
         "output_tokens_per_second": round(tokens / (end - begin), 2),
         **latencies(good),
         "failures": dict(Counter(f"{record.code} {record.reason}".strip() for record in failed)),

@@ -27,9 +27,7 @@ def play(scenario: Scenario, address: str, *, mode: str = "", options: tuple[str
         file, results = Path(scratch) / "scenario.json", Path(scratch) / "results.json"
         file.write_bytes(msgspec.json.encode(scenario))
         named = (*options, "--mode", mode) if mode else options
-        code = locust(
-            file, address, results, users=users, seconds=scenario.seconds, timeout=scenario.timeout, options=named
-        )
+        code = locust(file, address, results, users=users, seconds=scenario.seconds, options=named)
         if not results.exists():
             raise LoadTestFailed(f"Locust ended with code {code} and no results; what it wrote says why")
         found: Results = json.loads(results.read_text())

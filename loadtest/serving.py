@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 
 from adapters.store import AdapterStore
 from loadtest.errors import LoadTestFailed
-from loadtest.scenario import Scenario
+from loadtest.scenario import Scenario, read_scenario
 from server.base.resolve import BaseModel
 
 STOP_SECONDS = 60.0
@@ -100,10 +100,10 @@ def publish_for(scenario: Scenario, base: BaseModel, folder: Path) -> Path:
     return store.root
 
 
-def locust(
-    scenario: Path, address: str, results: Path, *, users: int, seconds: float, timeout: float, options: Sequence[str]
-) -> int:
-    """Locust as a process of its own, headless, until it ends; its exit code: 0 all well, 1 a request failed."""
+def locust(scenario: Path, address: str, results: Path, *, users: int, seconds: float, options: Sequence[str]) -> int:
+    """Locust as a process of its own, headless, until it ends; its exit code: 0 all well, 1 a request failed. What is
+    under way after `seconds` may end within the scenario's timeout."""
+    timeout = read_scenario(str(scenario)).timeout
     command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
     command += ["--host", address, "--scenario", str(scenario), "--results", str(results)]
     command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:g}s"]

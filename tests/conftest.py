@@ -1,6 +1,7 @@
 """For every test: nothing of the user's is read or written, no network, and the same Hypothesis examples in CI."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from hypothesis import HealthCheck, settings
 # One thread a process: tiny models gain nothing from more, and threads waiting for each other crawl on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-HAS_GPU = pytest.StashKey[bool]()
-NEED_GPU = pytest.StashKey[int]()
+HAS = pytest.StashKey[dict[str, bool]]()
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
+
+# What the tests with a marker need; without it they are left out, and counted.
+NEEDS = {"gpu": "a GPU", "prometheus": "Prometheus (scripts/test-tools)", "browser": "Chromium (scripts/test-tools)"}
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", deadline=None)
@@ -22,25 +26,30 @@ def pytest_configure(config: pytest.Config) -> None:
     """Without a GPU, Triton interprets its kernels. It reads that when it is first imported, by whichever test."""
     import torch  # after the number of threads is set
 
-    config.stash[HAS_GPU] = torch.cuda.is_available()
-    if not config.stash[HAS_GPU]:
+    has_gpu = torch.cuda.is_available()
+    config.stash[HAS] = {
+        "gpu": has_gpu,
+        "prometheus": shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
+        "browser": shutil.which("chromium") is not None,
+    }
+    if not has_gpu:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU, leave out the tests that need one and say how many they are."""
-    if config.stash[HAS_GPU]:
-        return
-    left_out = [item for item in items if item.get_closest_marker("gpu")]
-    if left_out:
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
-        config.stash[NEED_GPU] = len(left_out)
+    """Leave out the tests that need what is not here, and say how many they are."""
+    config.stash[LEFT_OUT] = {}
+    for marker, is_here in config.stash[HAS].items():
+        left_out = [] if is_here else [item for item in items if item.get_closest_marker(marker)]
+        if left_out:
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            config.stash[LEFT_OUT][marker] = len(left_out)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(NEED_GPU, 0):
-        terminalreporter.write_line(f"{count} tests need a GPU and were left out (with one: pytest -m gpu)")
+    for marker, count in config.stash.get(LEFT_OUT, {}).items():
+        terminalreporter.write_line(f"{count} tests need {NEEDS[marker]} and were left out (pytest -m {marker})")
 
 
 @pytest.fixture(autouse=True, scope="session")

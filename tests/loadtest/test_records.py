@@ -23,7 +23,7 @@ def test_a_request_without_tokens_has_no_time_of_them() -> None:
     assert Record("a", due=1.0, arrivals=[(2.0, 5)], ended=2.0).per_token_seconds is None
 
 
-def test_the_window_counts_ends_and_tokens_in_it() -> None:
+def test_throughput_is_of_the_window_and_latencies_of_what_ended_after_its_begin() -> None:
     records = [
         Record("a", 0.0, [(0.5, 1), (0.9, 1)], 0.9),  # before
         Record("a", 0.5, [(0.9, 1), (1.5, 3)], 1.5),  # half of it
@@ -34,14 +34,14 @@ def test_the_window_counts_ends_and_tokens_in_it() -> None:
         Record("b", 2.0, [], 2.75, "UNAVAILABLE"),
     ]
     found = summarize(records, 1.0, 3.0)
-    assert found["requests"] == 2
+    assert found["requests"] == 3
     assert found["requests_per_second"] == 1.0
     assert found["output_tokens_per_second"] == (3 + 2 + 1) / 2
     assert found["failures"] == {"RESOURCE_EXHAUSTED SERVER_BUSY": 2, "UNAVAILABLE": 1}
     assert found["failed_seconds"]["p50"] == 0.5  # type: ignore[index]
     adapters = found["adapters"]
     assert isinstance(adapters, dict)
-    assert {name: kind["requests"] for name, kind in adapters.items()} == {"a": 1, "base": 1}
+    assert {name: kind["requests"] for name, kind in adapters.items()} == {"a": 2, "base": 1}
     assert adapters["base"]["ttft_seconds"]["p99"] == 0.5
 
 
