@@ -19,8 +19,9 @@ class Scores:
     token: `loss` as served, `trainer_loss` by the trainer's forward pass on the same base, `base_loss` without the
     adapter, `quantized_loss` on the base in the format it had while training, where that is another.
 
-    `rows_digest` is of the file of the rows, of which the first `num_rows` were scored; `held_out` whether they were
-    kept from training. `exact_match` is the share of answers that were the expected text, None where none were made.
+    `rows_digest` is of the file of the rows, of which the first `num_rows` were scored; `held_out` whether that is
+    another file than was trained on. `exact_match` is the share of answers that were the expected text, None where
+    none were made.
     """
 
     rows_digest: str

@@ -55,12 +55,20 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`loss` is nats a learned token, `answers` are empty where none were asked for."""
+    """Each row's loss, and its answer where answers were asked for."""
 
-    loss: Loss
+    losses: tuple[Loss, ...]
     answers: tuple[Answer, ...]
-    num_rows: int
     seconds: float
+
+    @property
+    def loss(self) -> Loss:
+        """Of all rows together."""
+        return Loss.sum(self.losses)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.losses)
 
     @property
     def exact_match(self) -> float | None:
@@ -79,7 +87,7 @@ def evaluate(
 ) -> Evaluation:
     """Score `rows`; with a decoder, answer them too, greedily."""
     started = time.perf_counter()
-    loss = Loss.sum(served.losses(rows, adapter))
+    losses = tuple(served.losses(rows, adapter))
     answers: tuple[Answer, ...] = ()
     if decoder is not None:
         questions = [question(row, decoder, end_ids) for row in rows]
@@ -87,7 +95,7 @@ def evaluate(
         given = served.generate([q.prompt for q in questions], longest + MARGIN, end_ids, adapter)
         texts = [decoder.decode(ids, skip_special_tokens=True) for ids in given]
         answers = tuple(Answer(q.expected, text) for q, text in zip(questions, texts, strict=True))
-    return Evaluation(loss, answers, len(rows), time.perf_counter() - started)
+    return Evaluation(losses, answers, time.perf_counter() - started)
 
 
 def question(row: Tokens, decoder: Decoder, end_ids: Collection[int]) -> Question:

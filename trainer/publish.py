@@ -6,6 +6,7 @@
 3. Base, tokenizer, template and data digests, the method, its settings and the scores go into the manifest.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -24,12 +25,14 @@ from trainer.errors import RunError, SettingsError, TrainingError
 from trainer.evaluate import Decoder, evaluate
 from trainer.fit import training_info
 from trainer.prepare import digest_files, load_tokenizer, make_encoder, read_config, read_end_ids
-from trainer.reference import peft_loss
+from trainer.reference import peft_losses
 from trainer.run_directory import RunDirectory
 from trainer.served import Loss, ServedBase
 from trainer.settings import Settings
 
 NUM_ROWS = 64  # scored, unless told otherwise
+STANDARD_ERRORS = 3
+MOST = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,15 @@ class Tolerance:
 
     parity: float = 1e-3
     quantization: float = 0.1
+
+    def allowed(self, served: Sequence[Loss], trained: Sequence[Loss]) -> float:
+        """How far the means of the same rows' losses may be apart: `parity`, and on top three standard errors, which is
+        how far rounding alone takes them where the rows are few; never ten times `parity`."""
+        num_tokens = Loss.sum(trained).num_tokens
+        mean = (Loss.sum(served).total - Loss.sum(trained).total) / num_tokens
+        offs = [one.total - other.total - mean * one.num_tokens for one, other in zip(served, trained, strict=True)]
+        spread = math.sqrt(sum(off**2 for off in offs)) / num_tokens
+        return min(self.parity + STANDARD_ERRORS * spread, MOST * self.parity) * max(1.0, Loss.sum(trained).mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,29 +146,30 @@ def score(
     dtype = served.dtype
     del served, adapter  # the next one needs the room
     plain = replace(settings, method="lora", init="default")
-    trained = peft_loss(base.path, directory, scored.rows, dtype, device, plain)
+    trained = peft_losses(base.path, directory, scored.rows, dtype, device, plain)
     quantized = None
     if settings.base_quantization is not None:
-        quantized = peft_loss(base.path, directory, scored.rows, dtype, device, settings)
-    _check(found.loss.mean, trained, quantized, tolerance)
+        quantized = Loss.sum(peft_losses(base.path, directory, scored.rows, dtype, device, settings)).mean
+    _check(found.losses, trained, quantized, tolerance)
     return Scores(
         rows_digest=scored.digest,
         held_out=scored.held_out,
         num_rows=found.num_rows,
         num_tokens=found.loss.num_tokens,
         loss=found.loss.mean,
-        trainer_loss=trained,
+        trainer_loss=Loss.sum(trained).mean,
         base_loss=bare,
         quantized_loss=quantized,
         exact_match=found.exact_match,
     )
 
 
-def _check(loss: float, trained: float, quantized: float | None, tolerance: Tolerance) -> None:
-    if not abs(loss - trained) <= tolerance.parity * max(1.0, trained):
+def _check(served: Sequence[Loss], trained: Sequence[Loss], quantized: float | None, tolerance: Tolerance) -> None:
+    loss, expected, allowed = Loss.sum(served).mean, Loss.sum(trained).mean, tolerance.allowed(served, trained)
+    if not abs(loss - expected) <= allowed:
         raise TrainingError(
-            f"served, the adapter's loss is {loss:.5f}, by the trainer {trained:.5f}: further apart than "
-            f"{tolerance.parity:g}, so it would not do what it was trained to; nothing is published"
+            f"served, the adapter's loss is {loss:.5f}, by the trainer {expected:.5f}: further apart than "
+            f"{allowed:.2g}, so it would not do what it was trained to; nothing is published"
         )
     if quantized is not None and not loss - quantized <= tolerance.quantization:
         raise TrainingError(

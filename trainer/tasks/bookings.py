@@ -1,10 +1,10 @@
 """Bookings: a sentence in which someone asks for a table, as one line of fields.
 
     "Could you squeeze in Lindqvist, party of six, this Thursday at a quarter to eight in the evening?"
-    → thu 19:45 6 Lindqvist
+    → thu 7:45pm 6 Lindqvist
 
-The words have to be understood, not copied: the clock is told in words and in twelve hours, the party counted in
-words or by its members, and one sentence in three names a day or a number that does not matter. A row is a test row
+The words have to be understood, not copied: the clock is told in words, the party counted in words or by its members,
+and one sentence in three names a day or a number that does not matter. A row is a test row
 or a training row by its fields' hash, so no booking that is asked for in the test was trained on in any wording.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from trainer.tasks.task import Row
 
-INSTRUCTION = "Write the booking as: day HH:MM people name"
+INSTRUCTION = "Write the booking as: day time people name"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 # fmt: off
@@ -47,7 +47,7 @@ TEST_SHARE = 5  # one booking in so many is kept for the test
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """`minute` is since midnight, a multiple of five."""
+    """`minute` is since midnight, a multiple of fifteen."""
 
     day: int
     minute: int
@@ -56,7 +56,9 @@ class Booking:
 
     @property
     def answer(self) -> str:
-        return f"{DAYS[self.day][:3].lower()} {self.minute // 60:02}:{self.minute % 60:02} {self.people} {self.name}"
+        hour, past = divmod(self.minute, 60)
+        time = f"{(hour - 1) % 12 + 1}:{past:02}{'am' if hour < 12 else 'pm'}"
+        return f"{DAYS[self.day][:3].lower()} {time} {self.people} {self.name}"
 
     @property
     def is_test(self) -> bool:
@@ -80,7 +82,7 @@ class Bookings:
 def _rows(num_rows: int, rng: random.Random, *, is_test: bool) -> list[Row]:
     rows: list[Row] = []
     while len(rows) < num_rows:
-        booking = Booking(rng.randrange(7), 5 * rng.randrange(8 * 12, 23 * 12), rng.randint(1, 12), rng.choice(NAMES))
+        booking = Booking(rng.randrange(7), 15 * rng.randrange(8 * 4, 23 * 4), rng.randint(1, 12), rng.choice(NAMES))
         if booking.is_test == is_test:
             rows.append(
                 {
@@ -129,16 +131,5 @@ def _time(minute: int, rng: random.Random) -> str:
         return f"at {(hour - 1) % 12 + 1}:{past:02} {'am' if hour < 12 else 'pm'}"
     part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
     this, following = NUMBERS[(hour - 1) % 12], NUMBERS[hour % 12]
-    if past == 0:
-        return f"at {this} {part}"
-    if past <= 30:
-        return f"at {_minutes(past)} past {this} {part}"
-    return f"at {_minutes(60 - past)} to {following} {part}"
-
-
-def _minutes(count: int) -> str:
-    if count == 30:
-        return "half"
-    if count == 15:
-        return "a quarter"
-    return {5: "five", 10: "ten", 20: "twenty", 25: "twenty-five"}[count]
+    told = {0: this, 15: f"a quarter past {this}", 30: f"half past {this}", 45: f"a quarter to {following}"}[past]
+    return f"at {told} {part}"
