@@ -16,9 +16,9 @@ from server.engine.sampler import Sampler
 from server.lora.batch import TokenSpan
 from server.lora.gpu_batch import GRAPH_MAX_RANK, GpuLoraTables, warm_up
 from server.lora.pool import AdapterPool
-from server.model.attention import AttentionChunk
+from server.model.attention import AttentionChunk, DecodeBucket
 from server.model.batch import ForwardBatch
-from server.model.flashinfer_attention import DecodeBucket, FlashInferAttention
+from server.model.flashinfer_attention import FlashInferAttention
 from server.model.kv_cache import KVCache
 from server.model.transformer import Transformer
 

@@ -37,6 +37,18 @@ class AttentionBackend(Protocol):
     def plan(self, decodes: Sequence[AttentionChunk], prefills: Sequence[AttentionChunk]) -> AttentionPlan: ...
 
 
+class DecodeBucket(Protocol):
+    """Decode attention of a fixed number of sequences, at the same addresses every step: for CUDA graphs."""
+
+    @property
+    def plan(self) -> AttentionPlan: ...
+
+    def update(self, chunks: Sequence[AttentionChunk]) -> None:
+        """Attend for these from now on, and harmlessly for the rows beyond them. The caller waits until the copies of
+        the update before have left the host."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Prefill:
     """`length` queries over `slots` [keys] under `mask` [length, keys]; None: the whole sequence, causal."""
@@ -108,3 +120,15 @@ class TorchAttention:
         """Page tables [n, pages] → cache slots [n, num_keys]."""
         slots = tables[:, :, None] * self._page_size + torch.arange(self._page_size)
         return slots.flatten(1)[:, :num_keys]
+
+
+def page_tables(chunks: Sequence[AttentionChunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
+    """All pages in a row, where each chunk's begin (and the end), and how many tokens its last page holds."""
+    pages: list[int] = []
+    page_start = [0]
+    last_page: list[int] = []
+    for chunk in chunks:
+        pages += chunk.pages[: -(-chunk.num_keys // page_size)]
+        page_start.append(len(pages))
+        last_page.append((chunk.num_keys - 1) % page_size + 1)
+    return pages, page_start, last_page

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.model.attention import AttentionChunk
+from server.kernels.triton.attention_plans import decode_plan
+from server.model.attention import AttentionChunk, DecodeBucket, page_tables
+from server.model.paged_decode import PagedDecodeBucket
 
 WORKSPACE_BYTES = 256 << 20
 
@@ -39,8 +41,9 @@ class FlashInferAttention:
         self.page_size = page_size
         self.num_pages = num_pages
         self.device = device
+        self.max_pages = min(num_pages, -(-spec.max_position // page_size))  # of a sequence
+        self._spec = spec
         self._shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, page_size)
-        self._scale = spec.softmax_scale
         self._dtype = dtype
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
@@ -48,7 +51,7 @@ class FlashInferAttention:
     def plan(self, decodes: Sequence[AttentionChunk], prefills: Sequence[AttentionChunk]) -> FlashInferPlan:
         """Decodes are prefills of one token: a step that has prefills is not bound by its decodes."""
         chunks = [*decodes, *prefills]
-        pages, page_start, last_page = _page_tables(chunks, self.page_size)
+        pages, page_start, last_page = page_tables(chunks, self.page_size)
         token_start = [0]
         for chunk in chunks:
             token_start.append(token_start[-1] + chunk.length)
@@ -63,15 +66,21 @@ class FlashInferAttention:
             head_dim,
             page_size,
             causal=True,
-            sm_scale=self._scale,
+            sm_scale=self._spec.softmax_scale,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
         )
         return FlashInferPlan(self._prefill, page_size)
 
-    def decode_bucket(self, batch: int) -> "DecodeBucket":
-        """Decode attention for exactly `batch` sequences, at the same addresses every step."""
-        return DecodeBucket(self, batch)
+    def decode_bucket(self, batch: int) -> DecodeBucket:
+        """Decode attention for exactly `batch` sequences: by FlashInfer where no own kernel was measured faster."""
+        plan = decode_plan(batch, *self._shape, self._dtype, self.device)
+        if plan is None:
+            return FlashInferBucket(self, batch)
+        cores = torch.cuda.get_device_properties(self.device).multi_processor_count
+        return PagedDecodeBucket(
+            self._spec, plan, batch, self.page_size, self.max_pages, self.num_pages, cores, self.device
+        )
 
     def plan_decode(self, wrapper: flashinfer.BatchDecodeWithPagedKVCacheWrapper, *tables: Tensor) -> None:
         """Plan a bucket's wrapper: page starts and last page lengths in pinned host memory, pages on the device."""
@@ -81,7 +90,7 @@ class FlashInferAttention:
             pages,
             last_page,
             *self._shape,
-            sm_scale=self._scale,
+            sm_scale=self._spec.softmax_scale,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
         )
@@ -97,14 +106,14 @@ class FlashInferAttention:
         return self._workspace
 
 
-class DecodeBucket:
-    """Page tables of a decode batch at fixed addresses, and FlashInfer's plan for it."""
+class FlashInferBucket:
+    """Page tables of a decode batch at fixed addresses, and FlashInfer's plan for it; see `DecodeBucket`."""
 
     def __init__(self, attention: FlashInferAttention, batch: int) -> None:
         self._attention = attention
         self._batch = batch
         device = attention.device
-        self._pages = torch.zeros(attention.num_pages * 2, dtype=torch.int32, device=device)
+        self._pages = torch.zeros(batch * attention.max_pages, dtype=torch.int32, device=device)
         self._pages_host = torch.zeros(len(self._pages), dtype=torch.int32, pin_memory=True)
         self._page_start_host = torch.zeros(batch + 1, dtype=torch.int32, pin_memory=True)
         self._last_page_host = torch.ones(batch, dtype=torch.int32, pin_memory=True)
@@ -121,7 +130,7 @@ class DecodeBucket:
 
     def update(self, chunks: Sequence[AttentionChunk]) -> None:
         """Plan for these decodes. The caller waits until the copies of the update before have left the host."""
-        pages, page_start, last_page = _page_tables(chunks, self._attention.page_size)
+        pages, page_start, last_page = page_tables(chunks, self._attention.page_size)
         padding = self._batch - len(chunks)  # those attend to one token of the spare page
         pages += [self._attention.num_pages] * padding
         page_start += range(page_start[-1] + 1, page_start[-1] + 1 + padding)
@@ -132,18 +141,6 @@ class DecodeBucket:
         self._last_page_host.copy_(torch.tensor(last_page, dtype=torch.int32))
         self._pages[:count].copy_(self._pages_host[:count], non_blocking=True)
         self._attention.plan_decode(self.plan.wrapper, self._page_start_host, self._pages[:count], self._last_page_host)
-
-
-def _page_tables(chunks: Sequence[AttentionChunk], page_size: int) -> tuple[list[int], list[int], list[int]]:
-    """All pages in a row, where each chunk's begin (and the end), and how many tokens its last page holds."""
-    pages: list[int] = []
-    page_start = [0]
-    last_page: list[int] = []
-    for chunk in chunks:
-        pages += chunk.pages[: -(-chunk.num_keys // page_size)]
-        page_start.append(len(pages))
-        last_page.append((chunk.num_keys - 1) % page_size + 1)
-    return pages, page_start, last_page
 
 
 def _host(values: list[int]) -> Tensor:

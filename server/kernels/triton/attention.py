@@ -2,8 +2,9 @@
 
 A program takes a run of keys of one sequence and KV head. Where a sequence has several runs, each leaves its part in
 scratch and the last to arrive merges them in order (Dao et al., 2023, "Flash-Decoding"): which one that is does not
-change the result. The grid is fixed, so a captured launch serves any lengths: the length of a run is a value on the
-device, chosen afresh each step by `run_tokens`, and programs without keys end at once.
+change the result. The host cuts the runs afresh each step (`cut_runs`), of one length over the batch, so that one long
+sequence among short ones keeps as many programs busy as it needs. The grid is fixed, so that a captured launch serves
+any lengths: programs without a run end at once.
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _LOG2_E = 1.4426950408889634
 
 
+RUN_FIELDS = 8  # int32 values that tell a run
+_MERGED = 16  # parts merged at a time
+
+
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """A sequence has at most `splits` runs, read `block_tokens` keys at a time. `early`: see `kernels.triton.pdl`;
-    the first `prefetch` tiles are then asked into the L2 cache while the kernel ahead still runs."""
+    """Keys are read `block_tokens` at a time. `early`: see `kernels.triton.pdl`; the first `prefetch` tiles are then
+    asked into the L2 cache while the kernel ahead still runs."""
 
-    splits: int
     block_tokens: int
     num_warps: int
     num_stages: int
@@ -33,13 +37,12 @@ class DecodePlan:
 
 @dataclass(frozen=True, slots=True)
 class DecodeTables:
-    """Where each sequence's keys are, int32 on the device: its `pages` from `page_start`[i] to `page_start`[i + 1],
-    with `last_page`[i] tokens in the last; `run` [1] is the length of a run, a multiple of the plan's block_tokens."""
+    """Which keys there are, int32 on the device: the `pages` of all sequences, one after the other, and `runs` [m, 8],
+    each a sequence, where its pages begin, the first key and the one past the last, the run's number among the
+    sequence's, how many those are, and two unused. A sequence's runs follow each other; zeros are no run."""
 
     pages: Tensor
-    page_start: Tensor
-    last_page: Tensor
-    run: Tensor
+    runs: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +55,32 @@ class DecodeScratch:
 
     @classmethod
     def allocate(
-        cls, batch: int, heads: int, kv_heads: int, head_dim: int, plan: DecodePlan, device: torch.device
+        cls, batch: int, num_runs: int, heads: int, kv_heads: int, head_dim: int, device: torch.device
     ) -> "DecodeScratch":
-        count = batch * heads * plan.splits
         return cls(
-            torch.empty(count * head_dim, dtype=torch.float32, device=device),
-            torch.empty(count, dtype=torch.float32, device=device),
+            torch.empty(num_runs * heads * head_dim, dtype=torch.float32, device=device),
+            torch.empty(num_runs * heads, dtype=torch.float32, device=device),
             torch.zeros(batch * kv_heads, dtype=torch.int32, device=device),
         )
 
 
-def run_tokens(num_keys: Sequence[int], kv_heads: int, plan: DecodePlan, programs: int) -> int:
-    """Keys in a run, so that about `programs` programs share the batch's keys evenly and no sequence has more than
-    `plan.splits` runs. A quarter more than an even share: a short second run costs more than it saves."""
-    share = -(-sum(num_keys) * kv_heads * 5 // (programs * 4))
-    tokens = max(share, -(-max(num_keys) // plan.splits), 1)
-    return -(-tokens // plan.block_tokens) * plan.block_tokens
+def max_runs(batch: int, kv_heads: int, programs: int) -> int:
+    """The most runs that `cut_runs` makes of a batch."""
+    return batch + programs * 4 // (kv_heads * 5)
+
+
+def cut_runs(
+    num_keys: Sequence[int], page_start: Sequence[int], kv_heads: int, plan: DecodePlan, programs: int
+) -> list[list[int]]:
+    """Rows of `DecodeTables.runs`, so that about `programs` programs share the batch's keys evenly. A run is a quarter
+    longer than an even share: a short second run costs more than it saves."""
+    share = max(-(-sum(num_keys) * kv_heads * 5 // (programs * 4)), 1)
+    length = -(-share // plan.block_tokens) * plan.block_tokens
+    runs: list[list[int]] = []
+    for sequence, (keys, pages) in enumerate(zip(num_keys, page_start, strict=True)):
+        count = -(-keys // length)
+        runs += [[sequence, pages, i * length, min((i + 1) * length, keys), i, count, 0, 0] for i in range(count)]
+    return runs
 
 
 def paged_decode(
@@ -88,10 +101,10 @@ def paged_decode(
     if n == 0:
         return out
     group = heads // kv_heads
-    _decode_kernel[(kv_heads, n, plan.splits)](
-        q, k_cache, v_cache, out, tables.pages, tables.page_start, tables.last_page, tables.run,
+    _decode_kernel[(kv_heads, len(tables.runs))](
+        q, k_cache, v_cache, out, tables.pages, tables.runs,
         scratch.parts, scratch.log_sums, scratch.arrived, scale * _LOG2_E,
-        KV_HEADS=kv_heads, GROUP=group, D=d, PAGE=page_size, SPLITS=plan.splits,
+        KV_HEADS=kv_heads, GROUP=group, D=d, PAGE=page_size, RUN=RUN_FIELDS, MERGED=_MERGED,
         BLOCK_Q=max(16, triton.next_power_of_2(group)), MEMBERS=triton.next_power_of_2(group),
         BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK_T=plan.block_tokens,
         EARLY=plan.early, PREFETCH=plan.prefetch if plan.early else 0,
@@ -125,25 +138,25 @@ def _prefetch(address):
 
 @triton.jit(do_not_specialize=["scale"])
 def _decode_kernel(
-    q, k_cache, v_cache, out, pages, page_start, last_page, run, parts, log_sums, arrived, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    q, k_cache, v_cache, out, pages, runs, parts, log_sums, arrived, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, RUN: tl.constexpr,
+    MERGED: tl.constexpr, BLOCK_Q: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
     EARLY: tl.constexpr, PREFETCH: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (KV_HEADS, sequences, SPLITS); `scale` includes log2 e, as all exponentials are powers of two."""
-    head, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (KV_HEADS, runs); `scale` includes log2 e, as all exponentials are powers of two."""
+    head, index = tl.program_id(0), tl.program_id(1)
     if EARLY:
         gdc_launch_dependents()
-    first_page = tl.load(page_start + sequence)
-    num_pages = tl.load(page_start + sequence + 1) - first_page
-    length = (num_pages - 1) * PAGE + tl.load(last_page + sequence)
-    run_length = tl.load(run)
-    start = split * run_length
-    stop = tl.minimum(start + run_length, length)
-    pages += first_page
+    run = runs + index * RUN
+    sequence = tl.load(run)
+    pages += tl.load(run + 1)
+    start = tl.load(run + 2)
+    stop = tl.load(run + 3)
+    split = tl.load(run + 4)
+    num_runs = tl.load(run + 5)
     block = tl.arange(0, BLOCK_T)
     if PREFETCH > 0:  # noqa: SIM102 (known when compiling; the other is not)
-        if start < length:
+        if start < stop:
             line = tl.arange(0, 2)  # two lines of 128 bytes a row, if it has as many
             for ahead in tl.static_range(PREFETCH):
                 rows = _cache_rows(pages, tl.minimum(start + ahead * BLOCK_T + block, stop - 1), head, PAGE, KV_HEADS)
@@ -152,7 +165,7 @@ def _decode_kernel(
                 _prefetch((v_cache + offsets).to(tl.int64))
     if EARLY:
         gdc_wait()  # by every program, also those that do nothing
-    if start >= length:
+    if start >= stop:
         return
     d = tl.arange(0, BLOCK_D)
     member = tl.arange(0, BLOCK_Q)
@@ -178,36 +191,45 @@ def _decode_kernel(
         acc = acc * shrink[:, None] + _dot(weights.to(values.dtype), values, WIDEN)
         largest = higher
     acc = acc / total[:, None]
-    if (SPLITS == 1) | (run_length >= length):
+    if num_runs == 1:
         tl.store(out + query_row[:, None] * D + d[None, :], acc, is_query)
     else:
-        group = sequence * KV_HEADS + head
-        part_row = (group * SPLITS + split) * GROUP + member
+        part_row = (index * KV_HEADS + head) * GROUP + member
         tl.store(parts + part_row[:, None] * D + d[None, :], acc, is_query)
         tl.store(log_sums + part_row, largest + tl.log2(total), member < GROUP)
         tl.debug_barrier()  # all of this program's part is written before it counts as arrived
-        num_runs = (length + run_length - 1) // run_length
+        group = sequence * KV_HEADS + head
         if tl.atomic_add(arrived + group, 1, sem="acq_rel") == num_runs - 1:
             tl.store(arrived + group, 0)
-            _merge(out, parts, log_sums, group, num_runs, GROUP, D, SPLITS, MEMBERS, BLOCK_D)
+            first_row = ((index - split) * KV_HEADS + head) * GROUP
+            _merge(out, parts, log_sums, group, first_row, num_runs, KV_HEADS, GROUP, D, MERGED, MEMBERS, BLOCK_D)
 
 
 @triton.jit
 def _merge(
-    out, parts, log_sums, group, num_runs,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr,
+    out, parts, log_sums, group, first_row, num_runs,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, MERGED: tl.constexpr, MEMBERS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = Σ parts · 2^log_sum / Σ 2^log_sum over a group's runs; all other programs' parts are read past L1."""
-    split = tl.arange(0, SPLITS)
     member = tl.arange(0, MEMBERS)
     d = tl.arange(0, BLOCK_D)
-    is_part = (split < num_runs)[:, None] & (member < GROUP)[None, :]
-    part_row = (group * SPLITS + split)[:, None] * GROUP + member[None, :]
-    is_inside = is_part[:, :, None] & (d < D)[None, None, :]
-    part = tl.load(parts + part_row[:, :, None] * D + d[None, None, :], is_inside, 0.0, cache_modifier=".cg")
-    log_sum = tl.load(log_sums + part_row, is_part, float("-inf"), cache_modifier=".cg")
-    largest = tl.where(member < GROUP, tl.max(log_sum, axis=0), 0.0)
-    weight = tl.exp2(log_sum - largest[None, :])
-    merged = tl.sum(part * weight[:, :, None], axis=0) / tl.sum(weight, axis=0)[:, None]
+    largest = tl.full((MEMBERS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((MEMBERS,), dtype=tl.float32)
+    acc = tl.zeros((MEMBERS, BLOCK_D), dtype=tl.float32)
+    for first in range(0, num_runs, MERGED):
+        split = first + tl.arange(0, MERGED)
+        is_part = (split < num_runs)[:, None] & (member < GROUP)[None, :]
+        part_row = first_row + split[:, None] * (KV_HEADS * GROUP) + member[None, :]
+        is_inside = is_part[:, :, None] & (d < D)[None, None, :]
+        part = tl.load(parts + part_row[:, :, None] * D + d[None, None, :], is_inside, 0.0, cache_modifier=".cg")
+        log_sum = tl.load(log_sums + part_row, is_part, float("-inf"), cache_modifier=".cg")
+        higher = tl.where(member < GROUP, tl.maximum(largest, tl.max(log_sum, axis=0)), 0.0)
+        weight = tl.exp2(log_sum - higher[None, :])
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.sum(weight, axis=0)
+        acc = acc * shrink[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        largest = higher
     out_row = group * GROUP + member
-    tl.store(out + out_row[:, None] * D + d[None, :], merged, (member < GROUP)[:, None] & (d < D)[None, :])
+    inside = (member < GROUP)[:, None] & (d < D)[None, :]
+    tl.store(out + out_row[:, None] * D + d[None, :], acc / tl.where(member < GROUP, total, 1.0)[:, None], inside)
