@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.lora_workload import LLAMA_8B, Case, Product, Workload, cases_named, copy_bandwidth, time_launches
 from benchmarks.tuning import tune
-from server.kernels.triton.plans import LoraPlan, lora_plan
+from server.kernels.triton.plans import DECODE_BLOCK, AnyPlan, DecodePlan, lora_plan
 
 NUM_LAYERS = 32
 CASES = "1x1,64x1,64x8,64x64,64x8mixed,64x64mixed,prefill32768x64,prefill32768x1"
@@ -43,7 +43,7 @@ def main() -> None:
             print(f"    {key}: {_as_code(plan)},  # µs: {times}", flush=True)
         return
     for case in cases_named(arguments.cases.split(",")):
-        block_tokens = 16 if case.length == 1 else arguments.block_tokens
+        block_tokens = DECODE_BLOCK if case.length == 1 else arguments.block_tokens
         for line in _case_lines(case, block_tokens, dtype, device, bandwidth):
             print(json.dumps(line), flush=True)
 
@@ -95,14 +95,16 @@ def _about(case: Case) -> Line:
     }
 
 
-def _as_code(plan: LoraPlan) -> str:
+def _as_code(plan: AnyPlan) -> str:
+    if isinstance(plan, DecodePlan):
+        sizes = (plan.block_k, plan.shrink_warps, plan.block_n, plan.expand_warps, plan.dot_n)
+        return f"DecodePlan({', '.join(map(str, sizes))}, early={plan.early})"
     shrink, expand = plan.shrink, plan.expand
-    sizes = (shrink.block_k, shrink.block_r, shrink.programs, shrink.splits, shrink.num_warps, shrink.num_stages)
-    parts = [f"ShrinkPlan{sizes}"]
-    parts.append(f"ExpandPlan{(expand.block_n, expand.block_r, expand.num_warps, expand.num_stages, expand.ahead)}")
-    if plan.early:
-        parts.append("early=True")
-    return f"LoraPlan({', '.join(parts)})"
+    parts = (
+        (shrink.block_k, shrink.block_r, shrink.programs, shrink.splits, shrink.num_warps, shrink.num_stages),
+        (expand.block_n, expand.block_r, expand.num_warps, expand.num_stages),
+    )
+    return f"LoraPlan(ShrinkPlan{parts[0]}, ExpandPlan{parts[1]})"
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, count_blocks
 from server.kernels.triton.lora import lora_add
-from server.kernels.triton.plans import lora_plans, lora_scratch_size
+from server.kernels.triton.plans import DECODE_BLOCK, lora_plans, lora_scratch_size
 from server.lora.batch import TokenSpan
 from server.lora.pool import AdapterPool
 
-DECODE_BLOCK = 16
 PREFILL_BLOCK = 64
 GRAPH_MAX_RANK = 64  # decodes with an adapter of a larger rank run outside the graphs
 

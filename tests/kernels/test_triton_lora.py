@@ -36,7 +36,7 @@ SMALL = LoraPlan(
 )
 
 SMALL_DECODE = DecodePlan(block_k=16, shrink_warps=4, block_n=32, expand_warps=4, dot_n=16)
-DECODES = pytest.mark.parametrize("plan", [SMALL, SMALL_DECODE], ids=["tiles", "decode"])
+PLANS = pytest.mark.parametrize("plan", [SMALL, SMALL_DECODE], ids=["prefill", "decode"])
 
 
 class Product(NamedTuple):
@@ -153,13 +153,9 @@ def test_parity(
     x = torch.randn(len(token_owner), product.in_features, generator=generator, device=DEVICE).to(dtype)
     y = torch.randn(len(token_owner), sum(product.widths), generator=generator, device=DEVICE).to(dtype)
     want = expected(x, y, pool, token_owner)
-    ahead = replace(SMALL, expand=replace(SMALL.expand, ahead=True))
-    for operation, arguments in (
-        (lora.lora_add, {"plan": ahead if popularity == "zipf" else SMALL}),
-        *([(lora.lora_add, {"plan": SMALL_DECODE})] if block_tokens == 16 else []),
-        (reference.lora_add, {}),
-    ):
-        got, scratch = y.clone(), make_scratch(blocks, product, arguments.get("plan", SMALL))
+    plan = SMALL_DECODE if block_tokens == 16 else SMALL
+    for operation, arguments in ((lora.lora_add, {"plan": plan}), (reference.lora_add, {})):
+        got, scratch = y.clone(), make_scratch(blocks, product, plan)
         operation(got, x, pool.a, pool.b, blocks, product.widths, scratch, **arguments)
         assert_close(got, y, want, TOLERANCE[dtype], token_owner)
 
@@ -182,7 +178,7 @@ def test_the_plan_of_the_table_serves_any_product(product: Product, block_tokens
     assert_close(got, y, expected(x, y, pool, token_owner), 1e-6, token_owner)
 
 
-@DECODES
+@PLANS
 def test_the_same_bits_every_time_and_wherever_the_tokens_stand(plan: AnyPlan) -> None:
     """A token's result depends neither on its neighbours nor on its place in the batch."""
     generator = torch.Generator(DEVICE).manual_seed(4)
@@ -205,7 +201,7 @@ def test_the_same_bits_every_time_and_wherever_the_tokens_stand(plan: AnyPlan) -
     assert torch.equal(first[order], run(order))
 
 
-@DECODES
+@PLANS
 @pytest.mark.parametrize("spare", [1, 3, 7])
 def test_rows_of_a_larger_buffer_and_unused_room_in_the_tables(plan: AnyPlan, spare: int) -> None:
     """x and y may be parts of wider rows; blocks beyond the batch's do nothing of their own, whatever their other

@@ -1,5 +1,7 @@
 """The low-rank term of a batch in two launches: shrink, h = A x for all slices, then expand, y += B h.
 
+The kernels here are a prefill's; those of a decode are in `lora_decode`.
+
 After Punica (Chen et al., 2023, arXiv 2310.18547) and S-LoRA (Sheng et al., 2023, arXiv 2311.03285), over blocks of
 tokens that share an adapter. Both launches read an adapter's true rank through its row table, in tiles of 16. The
 input features of the shrink are split over programs; each writes its part of h to scratch and the expand sums the
@@ -12,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from server.kernels.lora_blocks import LoraBlocks
 from server.kernels.triton.lora_decode import MAX_SLICES, decode_expand, decode_shrink
@@ -78,8 +79,6 @@ def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan:
         BLOCK_R=shrink.block_r,
         PROGRAMS=shrink.programs,
         WIDEN=_widens(x),
-        EARLY=plan.early,
-        launch_pdl=plan.early,
         num_warps=shrink.num_warps,
         num_stages=shrink.num_stages,
     )
@@ -116,9 +115,6 @@ def lora_expand(
         BLOCK_N=expand.block_n,
         BLOCK_R=expand.block_r,
         WIDEN=_widens(y),
-        AHEAD=expand.ahead,
-        EARLY=plan.early,
-        launch_pdl=plan.early,
         num_warps=expand.num_warps,
         num_stages=expand.num_stages,
     )
@@ -165,7 +161,6 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (blocks, PROGRAMS, splits). Rank rows of all slices are counted through: f = row · SLICES + slice."""
@@ -174,9 +169,6 @@ def _shrink_kernel(
     start = tl.load(starts + block)
     first_row = tl.load(first_rows + block)
     rank = tl.load(ranks + block)
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()  # by every program, also those that do nothing: what follows this launch counts on what precedes it
     if length == 0:
         return
     tokens = tl.arange(0, BLOCK_M)
@@ -232,8 +224,6 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """Grid (column tiles of all slices, blocks)."""
@@ -243,8 +233,6 @@ def _expand_kernel(
     first_row = tl.load(first_rows + block)
     rank = tl.load(ranks + block)
     if length == 0:
-        if EARLY:
-            gdc_wait()
         return
     tile = tl.program_id(0)
     rows = row_index + first_row
@@ -255,18 +243,18 @@ def _expand_kernel(
     tiles1: tl.constexpr = (W1 + BLOCK_N - 1) // BLOCK_N
     if tile < tiles0:
         _expand_tile(y, b0, h, tokens, rows, length, rank, y_stride, split_stride, h_stride, tile,
-                     W0, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+                     W0, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
     elif SLICES == 2:
         _expand_tile(y + W0, b1, h + max_rank, tokens, rows, length, rank, y_stride, split_stride, h_stride,
-                     tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+                     tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
     elif SLICES == 3:
         if tile < tiles0 + tiles1:
             _expand_tile(y + W0, b1, h + max_rank, tokens, rows, length, rank, y_stride, split_stride, h_stride,
-                         tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+                         tile - tiles0, W1, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
         else:
             tile -= tiles0 + tiles1
             _expand_tile(y + W0 + W1, b2, h + 2 * max_rank, tokens, rows, length, rank, y_stride, split_stride,
-                         h_stride, tile, W2, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, AHEAD, EARLY, WIDEN)  # fmt: skip
+                         h_stride, tile, W2, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R, WIDEN)  # fmt: skip
 
 
 @triton.jit
@@ -287,8 +275,6 @@ def _expand_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """BLOCK_N columns of one slice; y, b and h point at the slice's own."""
@@ -299,12 +285,8 @@ def _expand_tile(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     r = tl.arange(0, BLOCK_R)
     weights = _load_rows(b, row_index, r, rank, columns, WIDTH)
-    if EARLY:
-        gdc_wait()  # for h, and y; the weights were there before
     out = y + token[:, None] * y_stride + columns[None, :]
     is_out = is_token[:, None] & (columns < WIDTH)[None, :]
-    if AHEAD:
-        before = tl.load(out, mask=is_out, other=0.0)
     for _ in range(0, rank, BLOCK_R):
         part = h + tokens[:, None] * h_stride + r[None, :]
         is_part = is_token[:, None] & (r < rank)[None, :]
@@ -314,8 +296,7 @@ def _expand_tile(
         acc = _dot(hidden.to(weights.dtype), weights, acc, WIDEN)
         r += BLOCK_R
         weights = _load_rows(b, row_index, r, rank, columns, WIDTH)  # beyond the rank nothing is read
-    if not AHEAD:
-        before = tl.load(out, mask=is_out, other=0.0)
+    before = tl.load(out, mask=is_out, other=0.0)
     tl.store(out, (before.to(tl.float32) + acc).to(y.dtype.element_ty), mask=is_out)
 
 

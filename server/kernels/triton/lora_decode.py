@@ -13,17 +13,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from server.kernels.lora_blocks import LoraBlocks
-from server.kernels.triton.plans import RANK_TILE, DecodePlan
+from server.kernels.triton.plans import DECODE_BLOCK, RANK_TILE, DecodePlan
 
 MAX_SLICES = 3
-BLOCK_M = 16
 
 
 def decode_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan: DecodePlan) -> None:
     """scratch [parts, tokens, slices, max_rank] = parts of A x, for tokens in the order of `blocks.token_index`."""
     num_slices, in_features = a.shape[1:]
     parts = plan.parts(in_features)
-    assert blocks.block_tokens <= BLOCK_M, f"blocks of {blocks.block_tokens} tokens"
+    assert blocks.block_tokens <= DECODE_BLOCK, f"blocks of {blocks.block_tokens} tokens"
     assert scratch.numel() >= parts * _part_stride(blocks, num_slices), "scratch is too small for the plan"
     _decode_shrink[(parts, num_slices, blocks.num_blocks)](
         x,
@@ -35,7 +34,7 @@ def decode_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, pla
         blocks.max_rank,
         IN=in_features,
         SLICES=num_slices,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=DECODE_BLOCK,
         BLOCK_K=plan.block_k,
         BLOCK_R=RANK_TILE,
         WIDEN=_widens(x),
@@ -70,7 +69,7 @@ def decode_expand(
         *[0] * missing,
         SLICES=len(b),
         BLOCK_P=triton.next_power_of_2(parts),
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=DECODE_BLOCK,
         BLOCK_N=plan.block_n,
         BLOCK_S=min(plan.dot_n, plan.block_n),
         BLOCK_R=RANK_TILE,

@@ -27,24 +27,20 @@ class ShrinkPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExpandPlan:
-    """A program takes one block of tokens and `block_n` output columns of one slice, over `block_r` rows at a time.
-    `ahead`: it asks for y before it makes the product rather than after, at the price of registers."""
+    """A program takes one block of tokens and `block_n` output columns of one slice, over `block_r` rows at a time."""
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
-    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """Both launches of one fused product. `early`: each is launched before the one ahead of it ends, reads its tables
-    (the expand, its weights too) and then waits for it (programmatic dependent launch, compute capability 9.0)."""
+    """Both launches of a prefill's fused product."""
 
     shrink: ShrinkPlan
     expand: ExpandPlan
-    early: bool = False
 
     def parts(self, in_features: int) -> int:
         """Parts of h that the shrink writes and the expand sums."""
@@ -58,7 +54,8 @@ RANK_TILE = 16  # rank rows that a decode's program has in flight at once
 class DecodePlan:
     """Both launches of a decode's product. The shrink's program takes one block of tokens, one slice and `block_k`
     input features, the expand's one block and `block_n` output columns of one slice; each asks for its weights at once.
-    Where several tokens share them, the expand goes `dot_n` columns at a time. `early` as for LoraPlan."""
+    Where several tokens share them, the expand goes `dot_n` columns at a time. `early`: each is launched before the one
+    ahead of it ends, reads its tables and weights and then waits for it (see `kernels.triton.pdl`)."""
 
     block_k: int
     shrink_warps: int
@@ -74,28 +71,25 @@ class DecodePlan:
 
 AnyPlan = LoraPlan | DecodePlan
 
+DECODE_BLOCK = 16  # tokens, at most, of a decode's block
 # Measured on an H200 by `python -m benchmarks.kernels --tune`, which prints these lines: (kind, input features up to,
 # output columns up to, blocks from) → plan.
 _HOPPER: Mapping[tuple[str, int, int, int], AnyPlan] = {
-    ("decode", 4096, 8192, 0): LoraPlan(ShrinkPlan(256, 16, 3, 16, 4, 3), ExpandPlan(128, 16, 4, 1, True), early=True),
-    ("decode", 4096, 8192, 2): LoraPlan(ShrinkPlan(128, 16, 3, 8, 2, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
-    ("decode", 4096, 8192, 17): LoraPlan(ShrinkPlan(128, 16, 3, 4, 2, 4), ExpandPlan(256, 16, 4, 1, False), early=True),
-    ("decode", 4096, 4096, 0): LoraPlan(ShrinkPlan(128, 16, 1, 16, 4, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
-    ("decode", 4096, 4096, 2): LoraPlan(ShrinkPlan(128, 16, 1, 16, 2, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
-    ("decode", 4096, 4096, 17): LoraPlan(ShrinkPlan(128, 16, 1, 8, 2, 4), ExpandPlan(256, 16, 8, 1, False), early=True),
-    ("decode", 4096, 32768, 0): LoraPlan(ShrinkPlan(128, 16, 2, 16, 4, 4), ExpandPlan(256, 16, 8, 1, True), early=True),
-    ("decode", 4096, 32768, 2): LoraPlan(ShrinkPlan(128, 16, 2, 8, 2, 4), ExpandPlan(256, 16, 8, 1, False), early=True),
-    ("decode", 4096, 32768, 17): LoraPlan(
-        ShrinkPlan(128, 16, 2, 4, 2, 4), ExpandPlan(256, 16, 4, 1, False), early=True
-    ),
+    ("decode", 4096, 8192, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
+    ("decode", 4096, 8192, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
+    ("decode", 4096, 4096, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
+    ("decode", 4096, 4096, 2): DecodePlan(256, 4, 1024, 4, 256, early=True),
+    ("decode", 4096, 32768, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
+    ("decode", 4096, 32768, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
+    ("decode", 16384, 4096, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
+    ("decode", 16384, 4096, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
 }
 _HOPPER_CAPABILITY = (9, 0)
-_DECODE_BLOCKS_FROM = (17, 2, 0)
+_DECODE_BLOCKS_FROM = (2, 0)
 _PREFILL_BLOCKS_FROM = (128, 0)
 
 # Where nothing was measured. Decode reads weights: many programs, each with all its loads in flight. Prefill reads and
 # writes activations: tiles wide enough for the tensor cores, the input read once for all slices.
-_SPLITS_BY_BLOCKS = ((4, 16), (32, 8))  # decode: blocks up to, splits of the input features; else 4
 _PREFILL_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 
 
@@ -125,7 +119,7 @@ def lora_scratch_size(
 
 def plan_key(in_features: int, widths: Sequence[int], num_blocks: int, block_tokens: int) -> tuple[str, int, int, int]:
     """The line of the table that a product's plan stands in."""
-    is_decode = block_tokens <= 16
+    is_decode = block_tokens <= DECODE_BLOCK
     kind = "decode" if is_decode else f"prefill{block_tokens}"
     classes: tuple[int, ...] = _DECODE_BLOCKS_FROM if is_decode else _PREFILL_BLOCKS_FROM
     blocks_from = next(limit for limit in classes if num_blocks >= limit)
@@ -140,18 +134,15 @@ def _lora_plan(
         measured = _HOPPER.get(plan_key(in_features, widths, num_blocks, block_tokens))
         if measured is not None:
             return measured
-    if block_tokens <= 16:
+    if block_tokens <= DECODE_BLOCK:
         return _decode_plan(in_features, widths, num_blocks)
     return _prefill_plan(in_features, widths, num_blocks, block_tokens)
 
 
-def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> LoraPlan:
-    block_k = min(256, max(16, _power_of_two(in_features)))
-    splits = next((splits for limit, splits in _SPLITS_BY_BLOCKS if num_blocks <= limit), 4)
-    splits *= 2 if in_features > 8192 else 1
-    splits = max(1, min(splits, in_features // block_k))
-    shrink = ShrinkPlan(block_k, 16, len(widths), splits, num_warps=4, num_stages=3)
-    return LoraPlan(shrink, ExpandPlan(min(256, _power_of_two(max(widths))), 16, num_warps=4, num_stages=1))
+def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> DecodePlan:
+    block_k = min(256 if num_blocks == 1 else 512, max(16, _power_of_two(in_features)))
+    block_n = min(512 if num_blocks == 1 else 1024, max(16, _power_of_two(max(widths))))
+    return DecodePlan(block_k, 4, block_n, expand_warps=2 if block_n <= 512 else 4, dot_n=min(256, block_n))
 
 
 def _prefill_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int) -> LoraPlan:
