@@ -13,13 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from server.engine.messages import LayerError, MergeReport
 from server.errors import MergeRefused, MergeTooLarge
+from server.kernels import Linear
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
 from server.lora.pool import AdapterPool, Ranges
 from server.model.attention import AttentionChunk, TorchAttention
@@ -34,36 +34,13 @@ DIGEST_WORKERS = 4
 BLOCK_ROWS = 4096  # of a weight that are in float32 at a time
 
 
-class Weight(Protocol):
-    """A linear layer's weight in whatever format."""
-
-    @property
-    def num_bytes(self) -> int: ...
-
-    def dense(self) -> Tensor:
-        """Its values [out, in]."""
-        ...
-
-    def write(self, weight: Tensor) -> None:
-        """Hold these values, as nearly as the format can, in place."""
-        ...
-
-    def save(self) -> tuple[Tensor, ...]:
-        """All its bits, in host memory."""
-        ...
-
-    def restore(self, saved: tuple[Tensor, ...]) -> None:
-        """Hold what `save` gave, in place."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Product:
     """One fused product of one layer."""
 
     layer: int
     group: str
-    weight: Weight
+    weight: Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +98,14 @@ class BaseMerger:
             raise MergeTooLarge(
                 f"merging keeps {total} bytes of the base's weights in host memory, of which {available} are free"
             )
-        unmerged = self._logits(probe, build_lora_batch(self._pool, [], [TokenSpan(len(probe), rows)]))
+        unmerged = probe_logits(self._model, probe, build_lora_batch(self._pool, [], [TokenSpan(len(probe), rows)]))
         squares: dict[int, _Squares] = {}
         done = 0
         for product in products:
             self._add(product, rows, squares.setdefault(product.layer, _Squares()))
             done += product.weight.num_bytes
             yield done, total
-        mean, largest = _divergence(unmerged, self._logits(probe, None))
+        mean, largest = divergence(unmerged, probe_logits(self._model, probe, None))
         layers = [squares[layer].report(layer) for layer in sorted(squares)]
         if not mean <= MAX_KL and not force:
             yield from self.unmerge()
@@ -208,38 +185,38 @@ class BaseMerger:
         """Of bits in host memory, computed beside the loop."""
         return self._workers.submit(_sha256, saved)
 
-    @torch.inference_mode()
-    def _logits(self, probe: Sequence[int], lora: LowRankTerm | None) -> Tensor:
-        """[len(probe), vocab], by a pass with a KV cache of its own."""
-        spec, embedding, n = self._model.spec, self._model.weights.embedding, len(probe)
-        device = embedding.device
-        batch = ForwardBatch(
-            input_ids=torch.tensor(probe, device=device),
-            positions=torch.arange(n, device=device),
-            slots=torch.arange(n, device=device),
-            sample_index=None,
-            attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, n, device).plan(
-                [], [AttentionChunk(0, n, [0])]
-            ),
-            lora=lora,
-        )
-        return self._model.forward(batch, KVCache.allocate(spec, 1, n, embedding.dtype, device))
+
+@torch.inference_mode()
+def probe_logits(model: Transformer, tokens: Sequence[int], lora: LowRankTerm | None) -> Tensor:
+    """[len(tokens), vocab], by a pass with a KV cache of its own."""
+    spec, embedding, n = model.spec, model.weights.embedding, len(tokens)
+    device = embedding.device
+    attention = TorchAttention(spec.softmax_scale, spec.num_kv_heads, n, device)
+    batch = ForwardBatch(
+        input_ids=torch.tensor(tokens, device=device),
+        positions=torch.arange(n, device=device),
+        slots=torch.arange(n, device=device),
+        sample_index=None,
+        attention=attention.plan([], [AttentionChunk(0, n, [0])]),
+        lora=lora,
+    )
+    return model.forward(batch, KVCache.allocate(spec, 1, n, embedding.dtype, device))
+
+
+def divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """KL(expected ‖ found) of the distributions in rows of logits, in nats: the mean and the largest."""
+    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, found))
+    rows = (p.exp() * (p - q)).sum(dim=-1)
+    return float(rows.mean()), float(rows.max())
 
 
 def _sha256(tensors: tuple[Tensor, ...]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _square(tensor: Tensor) -> float:
     """The square of its Frobenius norm."""
     return float(tensor.norm()) ** 2
-
-
-def _divergence(expected: Tensor, found: Tensor) -> tuple[float, float]:
-    """KL(expected ‖ found) of the distributions in rows of logits, in nats: the mean and the largest."""
-    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, found))
-    rows = (p.exp() * (p - q)).sum(dim=-1)
-    return float(rows.mean()), float(rows.max())

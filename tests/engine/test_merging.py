@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from server.base.quantization import Quantization
 from server.base.spec import ModelSpec
 from server.engine.build import read_config
 from server.engine.merging import MAX_KL, BaseMerger
@@ -29,10 +31,15 @@ class World:
     """A model, its pool with one adapter, and what merges it."""
 
     def __init__(
-        self, base: Path, adapter: AdapterRef, dtype: torch.dtype = torch.float32, host_bytes: int = 1 << 30
+        self,
+        base: Path,
+        adapter: AdapterRef,
+        dtype: torch.dtype = torch.float32,
+        host_bytes: int = 1 << 30,
+        quantization: Quantization | None = None,
     ) -> None:
         spec = ModelSpec.from_config(read_config(base))
-        self.model = Transformer(spec, load_weights(base, spec, dtype, CPU), 64)
+        self.model = Transformer(spec, load_weights(base, spec, dtype, CPU, quantization), 64)
         self.pool = AdapterPool(spec, 8 << 20, dtype, CPU)
         packed = load_adapter(Path(adapter.path), spec, dtype)
         self.pool.allocate(4)  # the adapter's rows are not the pool's first
@@ -115,6 +122,54 @@ def test_sixteen_bits_are_rounded_once_and_come_back_bit_for_bit(
     assert all(torch.equal(weight, before[name]) for name, weight in world.weights().items())
     assert world.merger.held_bytes == 0
     assert world.model.weights.layers is layers, "written in place"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+def test_four_bits_are_quantized_anew_and_come_back_bit_for_bit(
+    dtype: torch.dtype, quant_type: str, double: bool, llama: tuple[PreTrainedModel, Path], adapter: AdapterRef
+) -> None:
+    world = World(llama[1], adapter, dtype, quantization=Quantization(quant_type, double=double))
+    before, digest = world.weights(), world.merger.digest()
+    report = world.merge(force=True)
+    assert world.merger.digest() != digest
+    loaded = PeftModel.from_pretrained(llama[0], adapter.path)
+    squares = torch.zeros(3, 3)  # layer: error, delta, weight
+    for name, weight in world.weights().items():
+        layer = loaded.get_submodule("base_model.model." + name.removesuffix(".weight"))
+        a = layer.lora_A["default"].weight.to(dtype).float()
+        b = (layer.lora_B["default"].weight * layer.scaling["default"]).to(dtype).float()
+        wanted = before[name].float() + b @ a
+        flat = wanted.to(dtype).view(1, -1)  # on a CPU bitsandbytes wants whole blocks in a row
+        codes, state = quantize_4bit(flat, blocksize=64, quant_type=quant_type, compress_statistics=double)
+        oracle = dequantize_4bit(codes, state).view(wanted.shape)
+        # The products are not summed in PEFT's order: a weight between two codes may take the other.
+        step = wanted.abs().max() / 2
+        assert float((weight != oracle).float().mean()) < 0.02, name
+        assert bool(((weight - oracle).abs() <= step).all()), name
+        error = oracle.float() - wanted
+        squares[int(name.split(".")[2])] += torch.stack([t.square().sum() for t in (error, b @ a, wanted)])
+    loaded.unload()
+    for layer in report.layers:
+        error, delta, weight = squares[layer.layer].sqrt().tolist()
+        assert layer.weight == pytest.approx(error / weight, rel=0.02)
+        assert layer.delta == pytest.approx(error / delta, rel=0.02)
+    list(world.merger.unmerge())
+    assert world.merger.digest() == digest
+    assert all(torch.equal(weight, before[name]) for name, weight in world.weights().items())
+    assert world.merger.held_bytes == 0
+
+
+def test_four_bits_that_lose_too_much_of_an_adapter_are_refused(
+    llama: tuple[PreTrainedModel, Path], adapter: AdapterRef
+) -> None:
+    world = World(llama[1], adapter, quantization=Quantization("nf4"))
+    digest = world.merger.digest()
+    with pytest.raises(MergeRefused, match="force it"):
+        world.merge()
+    assert world.merger.digest() == digest
+    assert world.merge(force=True).kl > MAX_KL
 
 
 def test_only_what_an_adapter_changes_is_put_aside(tmp_path: Path) -> None:
