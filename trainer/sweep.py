@@ -24,15 +24,16 @@ from trainer.settings import Settings
 from trainer.trackers import Tracker, open_trackers
 
 SHARED = ("base", "method", "quantization", "double_quantization", "dtype", "device")  # one base: these are all jobs'
-ALONE: Mapping[str, Any] = {  # what a sweep does not do, and the value that means so
-    "dropout": 0.0,
-    "streaming": False,
-    "eval_data": None,
-    "eval_every": None,
-    "patience": None,
-    "checkpoint_every": None,
-    "micro_batch": None,
-    "compile": False,
+ALONE: Mapping[str, tuple[Any, ...]] = {  # what a sweep does not do, and the values that do not ask for it
+    "dropout": (0.0,),
+    "streaming": (False,),
+    "eval_data": (None,),
+    "eval_every": (None,),
+    "patience": (None,),
+    "checkpoint_every": (None,),
+    "micro_batch": (None,),
+    "gradient_checkpointing": ("auto", "off"),
+    "compile": (False,),
 }
 
 
@@ -72,8 +73,8 @@ def check_together(jobs: Sequence[Settings]) -> None:
         if job.method == "full" or job.init in adapters.MUTATING:
             what = "method full" if job.method == "full" else f"init {job.init}"
             raise SettingsError(f"job {job.name}: {what} changes the base, which is shared; train it by itself")
-        for name, neutral in ALONE.items():
-            if getattr(job, name) != neutral:
+        for name, allowed in ALONE.items():
+            if getattr(job, name) not in allowed:
                 raise SettingsError(f"job {job.name}: a sweep has no {name.replace('_', '-')}; train it by itself")
         for name in SHARED:
             if getattr(job, name) != getattr(jobs[0], name):

@@ -133,6 +133,7 @@ def test_a_file_of_jobs_from_the_command_line(
         ("jobs: [{name: a}, {name: b, method: qlora}]", "job b: method must be the same for all jobs"),
         ("jobs: [{name: a, method: full}]", "job a: method full changes the base"),
         ("dropout: 0.1\njobs: [{name: a}]", "job a: a sweep has no dropout"),
+        ('jobs: [{name: a, gradient-checkpointing: "on"}]', "job a: a sweep has no gradient-checkpointing"),
     ],
 )
 def test_jobs_that_cannot_be_one_sweep_are_refused(text: str, words: str, tmp_path: Path) -> None:
