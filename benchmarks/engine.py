@@ -4,21 +4,26 @@
 
 A case is batch × adapters: `batch` sequences over as many distinct adapters (0: none), greedy, with random prompts.
 `prefill_ms` is the time to all first tokens; `step_ms` is that of one decode step, from the difference of two runs.
-`--adapters` holds PEFT directories a0, a1, …; random ones of rank 8 are made when it is absent.
+Each time is the median of `--repeats`. `--adapters` holds PEFT directories a0, a1, …; random ones of rank 8 are made
+when it is absent. On a GPU, as the peers are timed: `--device cuda --prompt 512 --new 256 --max-batch-tokens 8192`.
 """
 
 import argparse
 import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from adapters.content import content_digest
 from adapters.files import hash_file
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
+from benchmarks.live import surroundings
 from benchmarks.random_adapters import write_random_adapters
 from server.base.resolve import BaseModel, resolve_base
 from server.config import EngineConfig
@@ -95,13 +100,13 @@ class Bench:
             self._engine.step()
         return time.perf_counter() - began
 
-    def case(self, batch: int, adapters: int, new: int) -> dict[str, object]:
+    def case(self, batch: int, adapters: int, new: int, repeats: int) -> dict[str, object]:
         self.run(batch, 4, adapters)
-        first, whole = self.run(batch, 1, adapters), self.run(batch, 1 + new, adapters)
+        first = statistics.median(self.run(batch, 1, adapters) for _ in range(repeats))
+        whole = statistics.median(self.run(batch, 1 + new, adapters) for _ in range(repeats))
         step = (whole - first) / new
         return {
             "peer": f"lorikeet {version('lorikeet')}",
-            "mode": "lora",
             "batch": batch,
             "adapters": adapters,
             "prefill_ms": round(first * 1e3, 1),
@@ -116,6 +121,14 @@ def adapter_ref(directory: Path, base: BaseModel) -> AdapterRef:
     return AdapterRef(content_digest(base.digest, hashes), str(directory))
 
 
+def accelerator(device: str) -> dict[str, object]:
+    """The GPU, and the versions of what runs on it."""
+    if not device.startswith("cuda"):
+        return {}
+    found = {package: version(package) for package in ("triton", "flashinfer-python")}
+    return {"hardware": torch.cuda.get_device_name(device), **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory; the embedded default when absent")
@@ -125,6 +138,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-batch-tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantization", choices=["none", "nf4", "fp4"], default="none")
     args = parser.parse_args()
     cases = [(int(batch), int(adapters)) for batch, adapters in (case.split("x") for case in args.cases.split(","))]
     base = resolve_base(args.model)
@@ -138,8 +153,11 @@ def main() -> None:
         max_batch_tokens=args.max_batch_tokens,
         prefix_caching=False,
         canary=False,
+        quantization=args.quantization,
     )
+    began = time.perf_counter()
     engine = build_engine(config, collector)
+    print(json.dumps({"ready_s": round(time.perf_counter() - began, 1), "memory": engine.stats().memory}), flush=True)
     count = max(adapters for _, adapters in cases)
     with tempfile.TemporaryDirectory() as scratch:
         if args.adapters is None:
@@ -148,7 +166,10 @@ def main() -> None:
         refs = [adapter_ref(directory / f"a{i}", base) for i in range(count)]
         bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
     for batch, adapters in cases:
-        print(json.dumps(bench.case(batch, adapters, args.new)), flush=True)
+        mode = "lora" if args.quantization == "none" else "bnb-lora"
+        line = {"mode": mode} | bench.case(batch, adapters, args.new, args.repeats)
+        line |= {"prompt": args.prompt, "new": args.new} | surroundings() | accelerator(args.device)
+        print(json.dumps(line), flush=True)
     engine.check_integrity()
 
 

@@ -144,7 +144,7 @@ def time_engine(args: argparse.Namespace, adapters: Path) -> float:
     done = subprocess.run(
         [*command, *(["--model", args.model] if args.model else [])], stdout=subprocess.PIPE, text=True, check=True
     )
-    return float(json.loads(done.stdout)["decode_tok_s"])
+    return float(json.loads(done.stdout.splitlines()[-1])["decode_tok_s"])
 
 
 if __name__ == "__main__":

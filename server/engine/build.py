@@ -60,12 +60,30 @@ def build_engine(
     )
     quant_type = stored_quantization(raw) if quantization is None else quantization.quant_type
     progress(f"loading {directory.name} in {_name(dtype)}{f' and {quant_type}' if quant_type else ''} on {device}")
+    max_batch_tokens = config.max_batch_tokens or max(256 if device.type == "cpu" else 4096, config.max_num_seqs)
+    if max_batch_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-batch-tokens {max_batch_tokens} is less than --max-num-seqs {config.max_num_seqs}: "
+            "a step must have room for a token of every running sequence"
+        )
+    captures = _has_flashinfer(device, dtype)
+    if captures:
+        from server.engine.device_memory import DeviceMemory, worst_step_bytes
+
+        device_memory = DeviceMemory(device)
     weights = load_weights(directory, spec, dtype, device, quantization)
     available = _available_bytes(device)
     pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
+    max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
+    if captures:
+        progress("compiling or loading the prefill kernels")
+        model = Transformer(spec, weights, max_model_len)
+        worst = worst_step_bytes(model, pool, config.page_size, max_model_len, max_batch_tokens, config.max_num_seqs)
+        available = device_memory.left_for_kv(worst)
+    elif device.type == "cuda":
+        available = available * 4 // 5
     num_pages = _num_pages(config, spec, dtype, device, available)
-    max_model_len = min(config.max_model_len or spec.max_position, spec.max_position, num_pages * config.page_size)
-    captures = _has_flashinfer(device, dtype)
+    max_model_len = min(max_model_len, num_pages * config.page_size)
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
@@ -86,12 +104,6 @@ def build_engine(
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
     )
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
-    max_batch_tokens = config.max_batch_tokens or max(256 if device.type == "cpu" else 4096, config.max_num_seqs)
-    if max_batch_tokens < config.max_num_seqs:
-        raise ConfigError(
-            f"--max-batch-tokens {max_batch_tokens} is less than --max-num-seqs {config.max_num_seqs}: "
-            "a step must have room for a token of every running sequence"
-        )
     scheduler = Scheduler(
         pages=pages,
         adapters=adapters,
@@ -139,6 +151,8 @@ def build_engine(
         num_pages=num_pages,
     )
     memory = {"weights": weights.num_bytes, "adapters": pool.num_rows * pool.row_bytes, "kv": cache.num_bytes}
+    if captures:
+        memory = device_memory.by_kind(memory)
     return Engine(
         scheduler=scheduler,
         pages=pages,
@@ -211,7 +225,7 @@ def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device
     budget = config.kv_cache_bytes
     if budget is None:
         longest = (config.max_model_len or spec.max_position) * config.max_num_seqs * kv_bytes_per_token(spec, dtype)
-        budget = min(longest, available // 8 if device.type == "cpu" else int(available * 0.8))
+        budget = min(longest, available // 8 if device.type == "cpu" else available)
     num_pages = budget // page_bytes
     if num_pages < 1:
         raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")
