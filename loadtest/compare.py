@@ -21,8 +21,6 @@ from loadtest.scenario import Scenario, read_scenario
 from loadtest.serving import Server, publish_for, serving
 from server.base.resolve import BaseModel, resolve_base
 
-QUIET = ("--loglevel", "WARNING")  # Locust's tables would bury what is said here
-
 
 def compare(options: Namespace) -> int:
     """Play, then write PREFIX.json, .html and .md; 1 if any request failed or nothing could be played, else 0."""
@@ -70,10 +68,10 @@ def measure(
     results = []
     with serving(base, store, *mode.options_for("a0000"), *options) as server:
         warm = msgspec.structs.replace(played.at(users=1, seconds=2), warmup=0.0)
-        play(warm, server.address, options=QUIET)  # what a first request compiles and loads is not a load's cost
+        play(warm, server.address, quiet=True)  # what a first request compiles and loads is not a load's cost
         for users in loads:
             _say(f"{mode.title}: {users} users for {scenario.seconds} s")
-            measured = dict(play(played.at(users=users), server.address, mode=mode.name, options=QUIET))
+            measured = dict(play(played.at(users=users), server.address, mode=mode.name, quiet=True))
             del measured["scenario"], measured["adapters"]
             results.append(measured | {"memory_bytes": server.memory()})
         device = _engine(server)

@@ -20,14 +20,17 @@ from server.base.resolve import resolve_base
 Results = Mapping[str, Any]
 
 
-def play(scenario: Scenario, address: str, *, mode: str = "", options: tuple[str, ...] = ()) -> Results:
-    """Locust against the server at `address`. Raises LoadTestFailed when Locust ends without results."""
+def play(
+    scenario: Scenario, address: str, *, mode: str = "", options: tuple[str, ...] = (), quiet: bool = False
+) -> Results:
+    """Locust against the server at `address`, its tables on the terminal unless `quiet`. Raises LoadTestFailed when it
+    ends without results."""
     users = scenario.arrivals.users if isinstance(scenario.arrivals, Closed) else 1
     with tempfile.TemporaryDirectory() as scratch:
         file, results = Path(scratch) / "scenario.json", Path(scratch) / "results.json"
         file.write_bytes(msgspec.json.encode(scenario))
         named = (*options, "--mode", mode) if mode else options
-        code = locust(file, address, results, users=users, seconds=scenario.seconds, options=named)
+        code = locust(file, address, results, users=users, seconds=scenario.seconds, options=named, quiet=quiet)
         if not results.exists():
             raise LoadTestFailed(f"Locust ended with code {code} and no results; what it wrote says why")
         found: Results = json.loads(results.read_text())

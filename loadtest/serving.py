@@ -100,12 +100,21 @@ def publish_for(scenario: Scenario, base: BaseModel, folder: Path) -> Path:
     return store.root
 
 
-def locust(scenario: Path, address: str, results: Path, *, users: int, seconds: float, options: Sequence[str]) -> int:
+def locust(
+    scenario: Path, address: str, results: Path, *, users: int, seconds: float, options: Sequence[str], quiet: bool
+) -> int:
     """Locust as a process of its own, headless, until it ends; its exit code: 0 all well, 1 a request failed. What is
-    under way after `seconds` may end within the scenario's timeout."""
+    under way after `seconds` may end within the scenario's timeout. `quiet`: what it writes is only shown where there
+    are no results."""
     timeout = read_scenario(str(scenario)).timeout
     command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
     command += ["--host", address, "--scenario", str(scenario), "--results", str(results)]
     command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:g}s"]
     command += ["--stop-timeout", f"{timeout:g}", *options]
-    return subprocess.run(command, check=False, timeout=seconds + 2 * timeout + 60).returncode
+    pipe = subprocess.PIPE if quiet else None
+    done = subprocess.run(
+        command, check=False, timeout=seconds + 2 * timeout + 60, stdout=pipe, stderr=pipe and subprocess.STDOUT
+    )
+    if quiet and not results.exists():
+        sys.stderr.buffer.write(done.stdout)
+    return done.returncode
