@@ -132,7 +132,8 @@ class FourBitLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, in] → [n, out], accumulated in float32."""
-        out = torch.cat([F.linear(x, dequantize(weight)) for weight in self.weights], dim=1)
+        parts = [F.linear(x, dequantize(weight)) for weight in self.weights]
+        out = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return out if self.bias is None else out.add_(self.bias)
 
     def dense(self) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.base.quantization import Quantization
 from server.base.spec import ModelSpec
 from server.errors import BaseModelError
 from server.kernels import linear
@@ -21,9 +22,11 @@ PAGE = 8
 CPU = torch.device("cpu")
 
 
-def load(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, KVCache]:
+def load(
+    directory: Path, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
+) -> tuple[Transformer, KVCache]:
     spec = ModelSpec.from_config(json.loads((directory / "config.json").read_text()))
-    model = Transformer(spec, load_weights(directory, spec, dtype, CPU), spec.max_position)
+    model = Transformer(spec, load_weights(directory, spec, dtype, CPU, quantization), spec.max_position)
     return model, KVCache.allocate(spec, 32, PAGE, dtype, CPU)
 
 

@@ -29,7 +29,9 @@ def save_base(
     return model
 
 
-def four_bit_oracle(directory: Path, quant_type: str, double: bool, skip: list[str] | None = None) -> PreTrainedModel:
+def four_bit_oracle(
+    directory: Path, quant_type: str, double: bool, skip: list[str] | None = None, **options: Any
+) -> PreTrainedModel:
     """The base quantized by transformers and bitsandbytes while it loads it, computing in float32."""
     config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
@@ -37,6 +39,7 @@ def four_bit_oracle(directory: Path, quant_type: str, double: bool, skip: list[s
         bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=skip,
+        **options,
     )
     return load_oracle(directory, quantization_config=config)
 

@@ -5,8 +5,10 @@ import random
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -19,8 +21,9 @@ from server.kernels.linear import PackedLinear, SideBySide
 from server.model.loader import load_weights
 from server.model.transformer import ModelWeights
 from tests.engine.inprocess import Driver, make_adapter, oracle_tokens
+from tests.model.test_transformer import load, logits_in_chunks
 from tests.model.tiny import FAMILIES
-from tests.quantization.base import four_bit_oracle, save_base
+from tests.quantization.base import four_bit_oracle, load_oracle, save_base
 
 CPU = torch.device("cpu")
 ADAPTERS: list[dict[str, Any]] = [
@@ -96,6 +99,41 @@ def test_layers_that_stay_in_16_bits(llama: tuple[Path, list[AdapterRef]], tmp_p
     assert isinstance(weights.layers[0].qkv, SideBySide)
     assert isinstance(weights.layers[1].gate_up, PackedLinear)
     assert isinstance(weights.head, FourBitLinear)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_that_are_stored_as_another_dtype(
+    storage: torch.dtype, llama: tuple[Path, list[AdapterRef]], tmp_path: Path
+) -> None:
+    """As FSDP wants them (bnb_4bit_quant_storage)."""
+    oracle = four_bit_oracle(llama[0], "nf4", True, bnb_4bit_quant_storage=storage)
+    oracle.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")[UP].dtype is storage
+    adapters = [None, *llama[1]]
+    assert serve_all(Driver(tmp_path, dtype="float32"), adapters) == expected(oracle, adapters)
+
+
+@torch.inference_mode()
+def test_bfloat16_is_as_near_to_float32_as_dequantizing_first(tmp_path: Path) -> None:
+    """Whichever product the processor has."""
+    save_base("llama", tmp_path, torch.bfloat16)
+    oracle = four_bit_oracle(tmp_path, "nf4", True)
+    ids = torch.tensor([prompt(0, 60)])
+    exact = oracle(ids).logits[0]
+    dense = load_oracle(tmp_path)
+    for name, module in oracle.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dense.get_submodule(name).weight.copy_(weight)
+    theirs = dense.bfloat16()(ids).logits[0].float()
+    model, cache = load(tmp_path, torch.bfloat16, Quantization("nf4"))
+    ours = logits_in_chunks(model, cache, ids[0], [40, 1, 19]).float()
+    assert (ours - exact).norm() <= 1.3 * (theirs - exact).norm()
+
+
+def test_adapters_pass_the_canary_in_bfloat16(llama: tuple[Path, list[AdapterRef]]) -> None:
+    driver = Driver(llama[0], quantization="nf4", dtype="bfloat16")
+    assert all(len(tokens) == 12 for tokens in serve_all(driver, [None, *llama[1]]))
 
 
 def weights_of(directory: Path, quantization: Quantization | None = None) -> ModelWeights:
