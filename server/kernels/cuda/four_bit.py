@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
-from server.kernels.cuda.plans import Plan, RowsPlan, TilesPlan
+from server.kernels.cuda.plans import Plan, RowsPlan, TilesPlan, WarpgroupPlan
 from server.kernels.reference.four_bit import CODES
 
 BLOCK_SIZE = 64
@@ -68,7 +68,11 @@ def _check_rows(x: Tensor, weight: RepackedWeight) -> None:
 
 def multiply(x: Tensor, weight: RepackedWeight, plan: Plan) -> Tensor:
     """x [n, in] of bfloat16 or float16 → x Wᵀ [n, out], accumulated in float32, by the kernel that the plan is for."""
-    return four_bit_rows(x, weight, plan) if isinstance(plan, RowsPlan) else four_bit_tiles(x, weight, plan)
+    if isinstance(plan, RowsPlan):
+        return four_bit_rows(x, weight, plan)
+    if isinstance(plan, TilesPlan):
+        return four_bit_tiles(x, weight, plan)
+    return four_bit_warpgroup(x, weight, plan)
 
 
 @cache
@@ -77,16 +81,20 @@ def _pairs_on(quant_type: str, dtype: torch.dtype, device: torch.device) -> tupl
     return pairs.to(device), scale
 
 
+@cache
+def _loaded(name: str, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: torch.device) -> Kernel:
+    return load(f"{name}.cu", name, dict(macros), shared_bytes, device)
+
+
 def rows_macros(plan: RowsPlan, dtype: torch.dtype) -> dict[str, int]:
     """What the source of `four_bit_rows` is compiled with."""
     names = {"NT": plan.row_tiles, "MT": plan.feature_tiles, "WARPS": plan.warps, "DEPTH": plan.depth}
     return names | {"STAGES": plan.stages, "RESIDENT": plan.resident, "BF16": int(dtype is torch.bfloat16)}
 
 
-@cache
 def _rows_kernel(plan: RowsPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
     shared = _TABLE_BYTES + plan.stages * plan.row_tiles * 8 * (2 * GROUP + 16)
-    return load("four_bit_rows.cu", "four_bit_rows", rows_macros(plan, dtype), shared, device)
+    return _loaded("four_bit_rows", tuple(rows_macros(plan, dtype).items()), shared, device)
 
 
 _ROWS_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2, FLOAT)
@@ -118,10 +126,9 @@ def tiles_macros(plan: TilesPlan, dtype: torch.dtype) -> dict[str, int]:
     return names | {"BF16": int(dtype is torch.bfloat16)}
 
 
-@cache
 def _tiles_kernel(plan: TilesPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
     shared = _TABLE_BYTES + 4 * plan.row_tiles * 128 * 128 + 1024
-    return load("four_bit_tiles.cu", "four_bit_tiles", tiles_macros(plan, dtype), shared, device)
+    return _loaded("four_bit_tiles", tuple(tiles_macros(plan, dtype).items()), shared, device)
 
 
 @cache
@@ -152,10 +159,41 @@ def four_bit_tiles(x: Tensor, weight: RepackedWeight, plan: TilesPlan) -> Tensor
     return y
 
 
-@cache
+def warpgroup_macros(plan: WarpgroupPlan, dtype: torch.dtype) -> dict[str, int]:
+    """What the source of `four_bit_warpgroup` is compiled with."""
+    names = {"MW": plan.feature_tiles, "NC": plan.row_chunks, "GROUPS": plan.groups, "KB": plan.columns}
+    more = {"TEMPS": plan.temps, "RESIDENT": plan.resident, "SPLITS": plan.splits}
+    return names | more | {"BF16": int(dtype is torch.bfloat16)}
+
+
+def _warpgroup_kernel(plan: WarpgroupPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
+    rows, width = plan.row_chunks * 64, plan.groups * plan.feature_tiles * 64
+    operands = _TABLE_BYTES + 2 * plan.columns * rows * 128
+    shared = max(operands, rows * (width * 4 + 16)) + 1024
+    return _loaded("four_bit_warpgroup", tuple(warpgroup_macros(plan, dtype).items()), shared, device)
+
+
+_WARPGROUP_TYPES: Sequence[type] = (*[POINTER] * 5, *[INT] * 3, *[LONG] * 2, FLOAT)
+
+
+def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -> Tensor:
+    """As `four_bit_rows`."""
+    n, out = x.shape[0], weight.out_features
+    _check_rows(x, weight)
+    assert plan.splits * plan.columns * 64 <= weight.in_features, f"{plan.splits} parts of {weight.in_features} inputs"
+    pairs, scale = _pairs_on(weight.quant_type, x.dtype, x.device)
+    y = torch.empty(n, out, dtype=x.dtype, device=x.device)
+    width, rows = plan.groups * plan.feature_tiles * 64, plan.row_chunks * 64
+    grid = (-(-n // rows), -(-out // width), plan.splits)
+    arguments = (weight.codes, weight.absmax, pairs, x, y, n, out // 16, weight.in_features // 64)
+    kernel = _warpgroup_kernel(plan, x.dtype, x.device)
+    kernel.launch(grid, plan.groups * 128, (*arguments, x.stride(0), out, scale), _WARPGROUP_TYPES, plan.early)
+    return y
+
+
 def _dense_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
     shared = _TABLE_BYTES + 8 * 16 * (128 + 16)
-    return load("four_bit_dense.cu", "four_bit_dense", {"BF16": int(dtype is torch.bfloat16)}, shared, device)
+    return _loaded("four_bit_dense", (("BF16", int(dtype is torch.bfloat16)),), shared, device)
 
 
 _DENSE_TYPES: Sequence[type] = (*[POINTER] * 4, *[INT] * 2)

@@ -22,6 +22,8 @@
 #define X_STRIDE (GROUP * 2 + 16)  // bytes between rows of x in shared memory: 8 rows' pieces are in different banks
 #define X_STAGE (ROWS * X_STRIDE)
 #define TABLE_BYTES (256 * 32 * 4)
+#define CHAINS (NT * MT > 4 ? 4 / MT : NT)  // tiles of rows whose products a warp makes by turns
+static_assert(NT % CHAINS == 0, "no tile is left over");
 static_assert(ROWS % WARPS == 0, "warps share the rows of x");
 
 __device__ __forceinline__ float4 load_absmax(const float4* p) {
@@ -179,23 +181,37 @@ four_bit_rows(const uint4* __restrict__ codes, const float4* __restrict__ absmax
                     if (more) ahead[slot][m][k] = load_codes(my_codes[m] + (group + DEPTH) * 128 + k * 32);
                 }
 #pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    const u32 at = my_rows + n * 8 * X_STRIDE + k * 128;
-                    const uint4 b0 = read_matrices(at), b1 = read_matrices(at + 64);
+                for (int n0 = 0; n0 < NT; n0 += CHAINS) {
+                    float c[CHAINS][MT][4];
+                    u32 b[CHAINS][8];
 #pragma unroll
-                    for (int m = 0; m < MT; m++) {
-                        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-                        mma(c, a[m][0], b0.x, b0.y);
-                        mma(c, a[m][1], b0.z, b0.w);
-                        mma(c, a[m][2], b1.x, b1.y);
-                        mma(c, a[m][3], b1.z, b1.w);
-                        const float low = k == 0 ? by[m][0].x : k == 1 ? by[m][0].y : k == 2 ? by[m][0].z : by[m][0].w;
-                        const float high = k == 0 ? by[m][1].x : k == 1 ? by[m][1].y : k == 2 ? by[m][1].z : by[m][1].w;
-                        acc[m][n][0] = fmaf(low, c[0], acc[m][n][0]);
-                        acc[m][n][1] = fmaf(low, c[1], acc[m][n][1]);
-                        acc[m][n][2] = fmaf(high, c[2], acc[m][n][2]);
-                        acc[m][n][3] = fmaf(high, c[3], acc[m][n][3]);
+                    for (int n = 0; n < CHAINS; n++) {
+                        const u32 at = my_rows + (n0 + n) * 8 * X_STRIDE + k * 128;
+                        const uint4 b0 = read_matrices(at), b1 = read_matrices(at + 64);
+                        b[n][0] = b0.x, b[n][1] = b0.y, b[n][2] = b0.z, b[n][3] = b0.w;
+                        b[n][4] = b1.x, b[n][5] = b1.y, b[n][6] = b1.z, b[n][7] = b1.w;
+#pragma unroll
+                        for (int m = 0; m < MT; m++) c[n][m][0] = c[n][m][1] = c[n][m][2] = c[n][m][3] = 0.0f;
                     }
+#pragma unroll
+                    for (int i = 0; i < 4; i++)  // neighbours do not wait for each other
+#pragma unroll
+                        for (int n = 0; n < CHAINS; n++)
+#pragma unroll
+                            for (int m = 0; m < MT; m++) mma(c[n][m], a[m][i], b[n][2 * i], b[n][2 * i + 1]);
+#pragma unroll
+                    for (int n = 0; n < CHAINS; n++)
+#pragma unroll
+                        for (int m = 0; m < MT; m++) {
+                            const float4 l = by[m][0], h = by[m][1];
+                            const float low = k == 0 ? l.x : k == 1 ? l.y : k == 2 ? l.z : l.w;
+                            const float high = k == 0 ? h.x : k == 1 ? h.y : k == 2 ? h.z : h.w;
+                            float(&sum)[4] = acc[m][n0 + n];
+                            sum[0] = fmaf(low, c[n][m][0], sum[0]);
+                            sum[1] = fmaf(low, c[n][m][1], sum[1]);
+                            sum[2] = fmaf(high, c[n][m][2], sum[2]);
+                            sum[3] = fmaf(high, c[n][m][3], sum[3]);
+                        }
                 }
             }
         }
