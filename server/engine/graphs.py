@@ -2,7 +2,8 @@
 
 A graph reads its inputs at fixed addresses: `run` writes them, plans the attention, and replays the smallest graph
 that holds the batch. Rows beyond the batch compute on a spare page of the cache and are thrown away. The token that
-each row decodes is read from the sampler's last tokens, so no step waits for the host to know it.
+each row decodes is read from the sampler's last tokens, so no step waits for the host to know it; the likeliest token
+of each row is put there, for the sampler to leave or to replace.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from server.engine.sampler import Sampler
+from server.kernels.triton.argmax import argmax_rows
 from server.lora.batch import TokenSpan
 from server.lora.gpu_batch import GRAPH_MAX_RANK, GpuLoraTables, warm_up
 from server.lora.pool import AdapterPool
@@ -29,6 +31,7 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 19
 class _Captured:
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # [bucket, vocab]
+    likeliest: Tensor  # [bucket]
 
 
 class DecodeGraphs:
@@ -74,15 +77,15 @@ class DecodeGraphs:
     @torch.inference_mode()
     def run(
         self, rows: Sequence[int], chunks: Sequence[AttentionChunk], slots: Sequence[int], spans: Sequence[TokenSpan]
-    ) -> Tensor:
-        """Logits [n, vocab] of n decodes; valid until the next call."""
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n, vocab] and likeliest tokens [n] of n decodes; valid until the next call."""
         n = len(rows)
         size = min(size for size in self._buckets if size >= n)
         self._copied.synchronize()  # the copies of the step before have left the host's buffers
         padding = size - n
         self._inputs_host[:, :size] = torch.tensor(
             [
-                [*rows, *[0] * padding],
+                [*rows, *[self._sampler.spare_row] * padding],
                 [*(chunk.start for chunk in chunks), *[0] * padding],
                 [*slots, *[self._spare_slot] * padding],
             ]
@@ -95,12 +98,13 @@ class DecodeGraphs:
         self._copied.record()
         captured = self._graphs[size, with_lora]
         captured.graph.replay()
-        return captured.logits[:n]
+        return captured.logits[:n], captured.likeliest[:n]
 
     @torch.inference_mode()
     def _capture(self, size: int, with_lora: bool, memory: Any) -> Any:
         """Capture one graph into the memory pool `memory` (None: a new one); the pool, which all graphs share."""
-        self._inputs.zero_()
+        self._inputs[0] = self._sampler.spare_row
+        self._inputs[1] = 0
         self._inputs[2] = self._spare_slot
         self._buckets[size].update([])
         self._lora.update([TokenSpan(1, None)] * size, size)
@@ -110,11 +114,11 @@ class DecodeGraphs:
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=memory):
-            logits = self._forward(size, with_lora)
-        self._graphs[size, with_lora] = _Captured(graph, logits)
+            logits, likeliest = self._forward(size, with_lora)
+        self._graphs[size, with_lora] = _Captured(graph, logits, likeliest)
         return graph.pool()
 
-    def _forward(self, size: int, with_lora: bool) -> Tensor:
+    def _forward(self, size: int, with_lora: bool) -> tuple[Tensor, Tensor]:
         rows, positions, slots = (row[:size] for row in self._inputs)
         batch = ForwardBatch(
             input_ids=self._sampler.last_tokens[rows],
@@ -124,4 +128,7 @@ class DecodeGraphs:
             attention=self._buckets[size].plan,
             lora=self._lora.term(size) if with_lora else None,
         )
-        return self._model.forward(batch, self._cache)
+        logits = self._model.forward(batch, self._cache)
+        likeliest = argmax_rows(logits)
+        self._sampler.last_tokens[rows] = likeliest
+        return logits, likeliest

@@ -28,8 +28,9 @@ class DecodeGraphs(Protocol):
 
     def run(
         self, rows: Sequence[int], chunks: Sequence[AttentionChunk], slots: Sequence[int], spans: Sequence[TokenSpan]
-    ) -> Tensor:
-        """Logits [n, vocab], valid until the next call, of the tokens last drawn for these sampler rows."""
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n, vocab] of the tokens last drawn for these sampler rows, and the likeliest tokens [n], which are
+        the rows' last tokens now. Valid until the next call."""
         ...
 
 
@@ -83,18 +84,17 @@ class Runner:
         for seq in plan.admitted:
             assert seq.row is not None, f"{seq.request_id} admitted without a row"
             self._sampler.admit(seq.row, seq.sampling, seq.prompt, seq.output)
-        logits = self._replay(plan) if plan.num_decodes == len(plan.chunks) else None
-        if logits is None:
-            logits = self._model.forward(self._batch(plan), self._cache)
+        replayed = self._replay(plan) if plan.num_decodes == len(plan.chunks) else None
+        logits, likeliest = replayed or (self._model.forward(self._batch(plan), self._cache), None)
         drawing = tuple(chunk for chunk in plan.chunks if chunk.samples)
         if not drawing:
             return StepHandle((), None, None)
         rows = [_row(chunk) for chunk in drawing]
-        drawn = self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing])
+        drawn = self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing], likeliest)
         return self._handle(drawing, drawn)
 
-    def _replay(self, plan: Plan) -> Tensor | None:
-        """Logits of a step that only decodes; None where no graph serves it."""
+    def _replay(self, plan: Plan) -> tuple[Tensor, Tensor] | None:
+        """Logits and likeliest tokens of a step that only decodes; None where no graph serves it."""
         spans = [self._span(chunk) for chunk in plan.chunks]
         if self._graphs is None or not self._graphs.holds(spans):
             return None

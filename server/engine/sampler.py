@@ -45,13 +45,19 @@ class Sampler:
         self._device = device
         self._params: list[SamplingParams | None] = [None] * num_rows
         self._settings = torch.zeros(num_rows, 7, dtype=torch.float32, device=device)  # columns: see _settings_of
-        self._last_tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._last_tokens = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
         self._history: _History | None = None
 
     @property
     def last_tokens(self) -> Tensor:
-        """[num_rows] int64: the token last drawn for each row; the same tensor for the sampler's life."""
+        """[num_rows + 1] int64: the token last drawn for each row, and one for nobody's (`spare_row`); the same
+        tensor for the sampler's life."""
         return self._last_tokens
+
+    @property
+    def spare_row(self) -> int:
+        """A row that no sequence gets: that of a captured batch's padding."""
+        return self._num_rows
 
     def admit(self, row: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> None:
         """Give `row` to a sequence. `output` is what it had drawn before (after a preemption), else empty."""
@@ -65,19 +71,24 @@ class Sampler:
                 self._history = _History(self._num_rows, self._vocab_size, self._device)
             self._history.reset(row, self._to_device(prompt, torch.int64), self._to_device(output, torch.int64))
 
-    def sample(self, logits: Tensor, rows: Sequence[int], steps: Sequence[int]) -> SampledBatch:
+    def sample(
+        self, logits: Tensor, rows: Sequence[int], steps: Sequence[int], likeliest: Tensor | None = None
+    ) -> SampledBatch:
         """Draw one token for each of `rows` from `logits` [n, vocab_size] (any float dtype; not changed).
 
         `steps[i]` is the index of the token among its sequence's outputs: with the seed it decides the draw, so a
         sequence draws the same tokens alone, in any batch and after a preemption. Greedy ties go to the lowest id.
+        `likeliest` [n] are the greedy tokens of `logits`, where they are known and `last_tokens` holds them already.
         """
         assert logits.shape == (len(rows), self._vocab_size), f"logits {tuple(logits.shape)} for {len(rows)} rows"
         batch = [_Entry(i, self._params_of(row), step) for i, (row, step) in enumerate(zip(rows, steps, strict=True))]
-        index = self._to_device(rows, torch.int64)  # [n]
         penalised = [entry for entry in batch if _is_penalised(entry.params)]
+        drawn = [entry for entry in batch if entry.params.temperature > 0]
+        if likeliest is not None and not penalised and not drawn:
+            return self._with_logprobs(likeliest, logits, batch)
+        index = self._to_device(rows, torch.int64)  # [n]
         scores = self._penalise(logits, index, penalised) if penalised else logits
         largest, tokens = scores.max(dim=-1)  # [n]
-        drawn = [entry for entry in batch if entry.params.temperature > 0]
         if drawn:
             tokens = self._draw(scores, largest, tokens, index, drawn)
         self._last_tokens[index] = tokens

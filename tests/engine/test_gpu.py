@@ -19,15 +19,26 @@ TOLERANCE = {"bfloat16": 0.3, "float16": 0.02}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """Decodes attend by FlashInfer."""
+    return random_llama(tmp_path_factory.mktemp("base"), heads=8, kv_heads=2, head_dim=64)
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """Decodes attend by the own kernel where it was measured."""
+    return random_llama(tmp_path_factory.mktemp("wide"), heads=32, kv_heads=8, head_dim=128)
+
+
+def random_llama(directory: Path, heads: int, kv_heads: int, head_dim: int) -> tuple[PreTrainedModel, Path]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=512,
     )
     model = LlamaForCausalLM(config).eval()
@@ -35,7 +46,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Pa
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.06)
-    directory = tmp_path_factory.mktemp("base")
     model.save_pretrained(directory)
     return model, directory
 
@@ -45,11 +55,19 @@ def oracle_logprobs(
     model: PreTrainedModel, ids: list[int], output: list[int], adapter: AdapterRef | None
 ) -> list[float]:
     """float32 log-probabilities of the tokens that the engine drew, after the tokens it drew."""
+    return oracle_distributions(model, ids, output, adapter)[torch.arange(len(output)), torch.tensor(output)].tolist()
+
+
+@torch.no_grad()
+def oracle_distributions(
+    model: PreTrainedModel, ids: list[int], output: list[int], adapter: AdapterRef | None
+) -> torch.Tensor:
+    """[len(output), vocab] float32 log-probabilities at each token that the engine drew."""
     net = model if adapter is None else PeftModel.from_pretrained(model, adapter.path).eval()
     logits = net(torch.tensor([ids + output])).logits[0, len(ids) - 1 : -1]
     if isinstance(net, PeftModel):
         net.unload()
-    return logits.log_softmax(-1)[torch.arange(len(output)), torch.tensor(output)].tolist()
+    return logits.log_softmax(-1)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -97,3 +115,31 @@ def test_seeds_are_the_same_in_any_batch(llama: tuple[PreTrainedModel, Path]) ->
     driver.run("same", *(f"other{i}" for i in range(7)))
     same = driver.inbox.tokens("same")
     assert same[:3] == alone[:3]
+
+
+def test_own_attention_and_greedy_tokens_in_the_graph(wide_llama: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    """Batches of 1 to 12 without log-probabilities, which the sampler leaves to the graph; then some that draw."""
+    model, directory = wide_llama
+    adapter = make_adapter(model, tmp_path / "a", 0)
+    driver = Driver(
+        directory, overlap=None, device="cuda", dtype="float16", page_size=16, max_num_seqs=12, kv_cache_bytes=64 << 20
+    )
+    rng = random.Random(0)
+    requests = {f"r{i}": (rng.choices(range(1000), k=2 + 17 * i), 6 + 3 * i, [None, adapter][i % 2]) for i in range(12)}
+    for request_id, (ids, max_tokens, with_adapter) in requests.items():
+        driver.submit(request_id, ids, max_tokens, with_adapter)
+    driver.run(*requests)
+    for request_id, (ids, _, with_adapter) in requests.items():
+        output = driver.inbox.tokens(request_id)
+        want = oracle_distributions(model, ids, output, with_adapter)
+        lost = want.max(-1).values - want[torch.arange(len(output)), torch.tensor(output)]
+        assert lost.max() < 2 * TOLERANCE["float16"], f"{request_id}: {lost}"
+    greedy = driver.generate(list(range(50)), 12)
+    driver.submit("greedy", list(range(50)), 12)
+    driver.submit("drawn", list(range(40)), 12, temperature=1.5, seed=3)
+    driver.submit("penalised", list(range(50)), 12, repetition_penalty=50.0)
+    driver.run("greedy", "drawn", "penalised")
+    assert driver.inbox.tokens("greedy")[:4] == greedy[:4]
+    penalised = driver.inbox.tokens("penalised")
+    assert len({*penalised}) == len(penalised)
+    assert not {*penalised} & {*range(50)}

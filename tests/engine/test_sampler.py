@@ -183,7 +183,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_any_batch(dtype: torch.dtype,
         tokens = batch.sample(logits[step][order], order, [step] * len(order)).tokens.tolist()
         for row, token in zip(order, tokens, strict=True):
             together[row].append(token)
-    assert batch.last_tokens.tolist() == [tokens[-1] for tokens in together]
+    assert batch.last_tokens[:-1].tolist() == [tokens[-1] for tokens in together]
     for i, params in enumerate(kinds):
         alone = admitted([params], vocab)
         tokens = [int(alone.sample(logits[step][i : i + 1], [0], [step]).tokens) for step in range(num_steps)]
@@ -314,3 +314,21 @@ def test_logits_that_are_not_numbers_spoil_their_own_row_alone() -> None:
     tokens = admitted(kinds).sample(logits, range(3), [0] * 3).tokens
     assert tokens[[0, 2]].tolist() == clean[[0, 2]].tolist()
     assert 0 <= int(tokens[1]) < VOCAB
+
+
+def test_greedy_tokens_that_are_known_are_taken() -> None:
+    """Only where every row is greedy and without penalties; then they come from whoever has them, and nothing is drawn
+    again."""
+    logits = random_logits(2)
+    known = torch.tensor([7, 8])
+    greedy = SamplingParams(temperature=0.0, seed=0)
+    asking = SamplingParams(temperature=0.0, seed=0, logprobs=0)
+    taken = admitted([greedy, asking]).sample(logits, [0, 1], [0, 0], known)
+    assert taken.tokens.tolist() == [7, 8]
+    assert taken.logprobs is not None
+    assert taken.logprobs[1] == pytest.approx(float(logits[1].log_softmax(-1)[8]), abs=1e-5)
+    for other in (SamplingParams(temperature=0.9, seed=0), SamplingParams(temperature=0.0, seed=0, presence_penalty=1)):
+        sampler = admitted([greedy, other])
+        tokens = sampler.sample(logits, [0, 1], [0, 0], known).tokens
+        assert tokens.equal(admitted([greedy, other]).sample(logits, [0, 1], [0, 0]).tokens)
+        assert sampler.last_tokens[:2].equal(tokens)
