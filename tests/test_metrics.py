@@ -239,12 +239,17 @@ def test_counters_go_on_when_the_engine_begins_anew() -> None:
     for name, label in (("memory_bytes", "kind"), ("adapters_loaded", "tier"), ("adapter_bytes", "tier")):
         assert labels_of(metrics, name, label) == set(), "of an engine that is gone"
     metrics.engine_started(READY)
-    anew = {"adapter_loads": {"device": 1}, "adapter_load_failures": 1, "adapter_evictions": {"host": 3, "device": 4}}
+    anew = {
+        "adapter_loads": {"device": 1},
+        "adapter_load_failures": {"ADAPTER_INVALID": 1},
+        "adapter_evictions": {"host": 3, "device": 4},
+    }
     metrics.engine_stats(stats(preemptions=1, adapter_hits={"device": 2}, adapter_misses={"host": 6}, **anew), NAMES)
     assert value(metrics, "preemptions_total") == 4
     assert value(metrics, "adapter_loads_total", tier="device") == 6
     assert value(metrics, "adapter_loads_total", tier="host") == 7
-    assert value(metrics, "adapter_load_failures_total") == 1
+    assert value(metrics, "adapter_load_failures_total", reason="ADAPTER_INVALID") == 1
+    assert value(metrics, "adapter_load_failures_total", reason="ADAPTER_BASE_MISMATCH") == 0, "there before the first"
     assert value(metrics, "adapter_evictions_total", tier="device") == 4
     assert value(metrics, "adapter_evictions_total", tier="host") == 3
     assert value(metrics, "adapter_cache_hits_total", tier="device") == 2

@@ -22,7 +22,7 @@ def html_report(report: Report) -> str:
         f"<h1>{escape(title)}</h1><p>{escape(paragraph_of(report)).replace('`', '')}</p>",
         "<h2>Throughput against latency</h2><p class=soft>Each point is a load; up and to the left is slower, ",
         "to the right is more. Dashed: 4 bits.</p>",
-        *plots(report),
+        f'<div class="plots">{"".join(plots(report))}</div>',
         f"<h2>Percentiles</h2>{_table(speed(report))}",
         f"<h2>What each way costs</h2><p class=soft>At the same load.</p>{_table(changed)}" if changed.rows else "",
         "<h2>Memory</h2>",
@@ -46,10 +46,11 @@ def plots(report: Report) -> list[str]:
         ("Throughput", "users", "output tokens/s", users, tokens),
         ("Time per output token, p95", "users", "ms", users, _time("tpot_seconds", "p95")),
     ]
-    return [
-        f'<div class="wide">{line_plot(_lines(report, x, y), title=title, x_label=x_label, y_label=y_label)}</div>'
+    pictures = [
+        line_plot(_lines(report, x, y), title=title, x_label=x_label, y_label=y_label, size=(550, 340))
         for title, x_label, y_label, x, y in drawn
     ]
+    return [f'<div class="wide">{picture}</div>' for picture in pictures]
 
 
 def _lines(report: Report, x: Number, y: Number) -> list[Series]:

@@ -285,7 +285,7 @@ class AdapterCache:
             except LorikeetError as error:
                 self._abandon(digest)
                 self._host.drop(digest)
-                self.counters.failures += 1
+                self.counters.failures[error.reason] += 1
                 if loading.is_wanted:
                     arrivals.failed[digest] = error
 

@@ -261,7 +261,7 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             preemptions=scheduler.preemptions,
-            adapter_load_failures=counters.failures,
+            adapter_load_failures=dict(counters.failures),
             adapter_loads=dict(counters.loads),
             adapter_hits=dict(counters.hits),
             adapter_misses=dict(counters.misses),

@@ -1,5 +1,6 @@
 """One adapter's way into memory, what the step loop hears of it, and the counting of it."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -74,7 +75,7 @@ class TierCounters:
     loads: dict[str, int] = field(default_factory=lambda: {"host": 0, "device": 0})
     hits: dict[str, int] = field(default_factory=lambda: {"host": 0, "device": 0})
     misses: dict[str, int] = field(default_factory=lambda: {"host": 0, "device": 0})
-    failures: int = 0
+    failures: Counter[str] = field(default_factory=Counter)  # by the error's reason
     load_times: list[AdapterLoad] = field(default_factory=list)
 
 

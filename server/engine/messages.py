@@ -269,8 +269,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """A snapshot, sent about twice a second while anything changes. `memory` is bytes by kind
     (weights, adapters, kv, workspace) of the engine's device; the counters only ever grow.
 
-    Dicts of adapters are by tier ("host", "device"), but `waiting_by_adapter`: sequences by digest, without the
-    base's. `adapter_load_times` are those since the last Stats. A hit of a tier is a request whose adapter was there
+    Dicts of adapters are by tier ("host", "device"), but `adapter_load_failures`, by the error's reason, and
+    `waiting_by_adapter`: sequences by digest, without the base's. `adapter_load_times` are those since the last Stats. A hit of a tier is a request whose adapter was there
     when it came; the adapter of a miss of the device may still be a hit of the host. `merge_held_bytes` is host memory
     that keeps the base's own weights while an adapter is merged, `served` counts admitted sequences by Serving."""
 
@@ -283,7 +283,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     prefix_hit_tokens: int = 0
     prefix_query_tokens: int = 0
     preemptions: int = 0
-    adapter_load_failures: int = 0
+    adapter_load_failures: dict[str, int] = {}
     adapter_loads: dict[str, int] = {}
     adapter_hits: dict[str, int] = {}
     adapter_misses: dict[str, int] = {}

@@ -8,10 +8,13 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.errors import AdapterTooLarge, BaseMismatch, InvalidAdapter, StoreUnavailable, UnsupportedAdapter
 from server.engine.messages import Ready, Serving, Stats
+from server.errors import CanaryFailed
 from server.metrics.labels import OTHER_LABEL, AdapterLabels
 
 TIERS = ("host", "device")
+LOAD_FAILURES = (InvalidAdapter, UnsupportedAdapter, BaseMismatch, CanaryFailed, AdapterTooLarge, StoreUnavailable)
 ADAPTER_LABELS = ("adapter", "tier", "pinned")
 
 LOAD_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -31,11 +34,8 @@ class EngineCounters:
             "preemptions": counter("preemptions", "Sequences put back to wait because KV pages ran out."),
             "prefix_hit_tokens": counter("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
             "prefix_query_tokens": counter("prefix_cache_query_tokens", "Prompt tokens sought in the prefix cache."),
-            "adapter_load_failures": counter("adapter_load_failures", "Adapters that could not be loaded."),
-            "merges": counter("merges", "Times an adapter was merged into the base's weights."),
-            "unmerges": counter("unmerges", "Times the base was given its own weights back."),
         }
-        self._by_tier = {
+        by_tier = {
             "adapter_loads": counter("adapter_loads", "Adapters loaded into a tier of memory.", "tier"),
             "adapter_evictions": counter(
                 "adapter_evictions", "Adapters dropped from a tier of memory to make room for others.", "tier"
@@ -47,12 +47,17 @@ class EngineCounters:
                 "adapter_cache_misses", "Requests whose adapter was not in a tier of memory when they came.", "tier"
             ),
         }
+        failures = counter("adapter_load_failures", "Adapters that could not be loaded, by the error.", "reason")
         served = counter("served", "Requests that ran, by how their adapter was applied.", "serving")
-        self._series = {(name, ""): counter for name, counter in self._counters.items()}
-        self._series |= {("served", serving.value): served.labels(serving.value) for serving in Serving}
-        self._series |= {
-            (name, tier): counter.labels(tier) for name, counter in self._by_tier.items() for tier in TIERS
-        }
+        self._by_label = {**by_tier, "adapter_load_failures": failures, "served": served}
+        # A series that begins with its first event would hide it from rate().
+        for tiered in by_tier.values():
+            for tier in TIERS:
+                tiered.labels(tier)
+        for error in LOAD_FAILURES:
+            failures.labels(error.reason)
+        for serving in Serving:
+            served.labels(serving)
         self._load_seconds = Histogram(
             "lorikeet_adapter_load_seconds",
             "Seconds to bring an adapter from one tier to the next: disk to host is read, checked and packed, host to "
@@ -65,16 +70,20 @@ class EngineCounters:
 
     def engine_changed(self) -> None:
         """The next Stats come from a new engine."""
-        self._last = dict.fromkeys(self._series, 0)
+        self._last: dict[tuple[str, str], int] = {}
 
     def update(self, stats: Stats) -> None:
-        for (name, kind), counter in self._series.items():
-            found = getattr(stats, name)
-            value = found.get(kind, 0) if kind else found
-            counter.inc(max(0, value - self._last[name, kind]))
-            self._last[name, kind] = value
+        for name, counter in self._counters.items():
+            self._grow(counter, name, "", getattr(stats, name))
+        for name, counter in self._by_label.items():
+            for label, value in getattr(stats, name).items():
+                self._grow(counter.labels(label), name, label, value)
         for load in stats.adapter_load_times:
             self._load_seconds.labels(load.tier_from, load.tier_to).observe(load.seconds)
+
+    def _grow(self, counter: Counter, name: str, label: str, value: int) -> None:
+        counter.inc(max(0, value - self._last.get((name, label), 0)))
+        self._last[name, label] = value
 
 
 class EngineGauges(Collector):

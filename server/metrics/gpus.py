@@ -72,8 +72,7 @@ class Gpus(Collector):
         total = _gauge("gpu_memory_total_bytes", "Memory of a GPU, in bytes, by the driver.", "gpu")
         kinds = _gauge(
             "gpu_memory_bytes",
-            "Memory of the engine's GPU by use, in bytes; `other` is all else that is in use there: workspaces, "
-            "graphs, CUDA itself, other processes.",
+            "Memory of the engine's GPU by use, in bytes; `other` is all else that the driver says is in use there.",
             *("gpu", "kind"),
         )
         for gpu in gpus:

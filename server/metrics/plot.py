@@ -20,7 +20,9 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
-.wide { overflow-x: auto; } .soft { color: var(--soft); } code, pre { font: .9em/1.5 ui-monospace, monospace; }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; } th.text, td.text { text-align: left; }
+.wide { overflow-x: auto; max-width: 100%; } .soft { color: var(--soft); }
+code, pre { font: .9em/1.5 ui-monospace, monospace; }
 pre { background: var(--card); padding: .75rem; overflow-x: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, "DejaVu Sans", sans-serif; } svg .soft { fill: var(--soft); }
 svg .title { font-weight: 600; font-size: 13px; } svg .grid { stroke: var(--line); stroke-width: 1; }

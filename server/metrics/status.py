@@ -17,21 +17,9 @@ MAX_ROWS = 200
 
 Published = Callable[[], Sequence[AdapterEntry]]
 
-_OWN_STYLE = (
-    ".plots { display: flex; flex-wrap: wrap; gap: 1rem; } .pinned { color: var(--c1); } td.text { text-align: left; }"
-)
-_HEAD = (
-    "adapter",
-    "labels",
-    "version",
-    "in memory",
-    "running",
-    "requests",
-    "tokens",
-    "TTFT p50",
-    "TTFT p95",
-    "TPOT p50",
-)
+_OWN_STYLE = ".pinned { color: var(--c1); }"
+_TEXTS = ("adapter", "labels", "version", "in memory")
+_NUMBERS = ("running", "requests", "tokens", "TTFT p50", "TTFT p95", "TPOT p50")
 
 
 class StatusPage:
@@ -148,5 +136,6 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def _table(rows: list[str]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in _HEAD)
+    head = "".join(f"<th class=text>{name}</th>" for name in _TEXTS)
+    head += "".join(f"<th>{name}</th>" for name in _NUMBERS)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
