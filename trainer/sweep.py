@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapters.ids import check_name
 from trainer.errors import SettingsError
 from trainer.fit import load_base, peak_memory
-from trainer.lanes import Lane, LaneLoop, start_lane
+from trainer.lanes import Lane, LaneLoop, save_lane, start_lane
 from trainer.loop import Result, Step
 from trainer.methods import adapter as adapters
 from trainer.prepare import Note, Prepared, prepare, provenance
@@ -112,21 +110,15 @@ def _train(
             for job, prepared, run in zip(jobs, ready, runs, strict=True)
         ]
         LaneLoop(causal_lm, lanes, ready[0].device, ready[0].dtype).run()
-    return [_finish(causal_lm, lane, run, note) for lane, run in zip(lanes, runs, strict=True)]
+    return [_finish(lane, run, note) for lane, run in zip(lanes, runs, strict=True)]
 
 
-def _finish(causal_lm: Any, lane: Lane, run: RunDirectory, note: Note) -> Outcome:
+def _finish(lane: Lane, run: RunDirectory, note: Note) -> Outcome:
     """Write a lane's adapter and its result."""
     if lane.error:
         note(f"{lane.settings.name}: {lane.error}")
         return Outcome(run, None, lane.error)
-    model = adapters.add_saved_adapter(causal_lm, lane.config)
-    parameters = dict(causal_lm.named_parameters())
-    with torch.no_grad():
-        for name, value in lane.named.items():
-            parameters[name].copy_(value)
-    adapters.save_adapter(model, run.adapter, lane.prepared.base.name)
-    model.unload()
+    save_lane(lane, run.adapter)
     result = _result(lane)
     seconds = sum(line["seconds"] for line in run.metrics())
     run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})

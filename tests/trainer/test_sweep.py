@@ -43,7 +43,14 @@ def jobs(base: BaseModel, directory: Path, **changes: Any) -> list[Settings]:
     each: list[dict[str, Any]] = [
         {"name": "one", "data": str(few), "rank": 4, "epochs": 3, "batch_size": 2},
         {"name": "two", "data": str(many), "rank": 7, "epochs": 2, "batch_size": 4, "seed": 5, "rslora": True},
-        {"name": "three", "data": str(many), "target_modules": ("q_proj", "down_proj"), "lora_plus": 4.0, "epochs": 1},
+        {
+            "name": "three",
+            "data": str(many),
+            "target_modules": ("q_proj", "down_proj"),
+            "lora_plus": 4.0,
+            "epochs": 1,
+            "init": "eva",
+        },
         {"name": "four", "data": str(few), "rank_pattern": {"v_proj": 3}, "weight_decay": 0.1, "schedule": "linear"},
     ]
     return [Settings(**{**shared, **job, **changes}) for job in each]
