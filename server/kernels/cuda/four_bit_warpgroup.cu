@@ -5,7 +5,7 @@
 //   MW             tiles of 64 output features that a warpgroup takes
 //   NC             chunks of 64 rows of x that a block of threads takes
 //   GROUPS         warpgroups of a block of threads, each with its own features
-//   KB             columns of 64 inputs to a stage of x in shared memory; even
+//   KB             columns of 64 inputs to a stage of x in shared memory: 2 or 4
 //   TEMPS          1 or 2: chunks of products that a warpgroup has under way
 //   RESIDENT       blocks of threads meant to share a multiprocessor
 //   SPLITS         parts of the inputs, each of a block of threads of one cluster: 1, 2, 4 or 8
@@ -24,7 +24,7 @@
 #define COLUMN (ROWS * 128)      // bytes of a column of x
 #define TABLE_BYTES (256 * 32 * 4)
 #define SUM_STRIDE (BM * 4 + 16)  // bytes between rows of sums in shared memory: what a warp writes is in all banks
-static_assert(KB % 2 == 0 && ROWS % SPLITS == 0, "operands alternate; parts share the rows");
+static_assert((KB == 2 || KB == 4) && ROWS % SPLITS == 0, "operands alternate; parts share the rows");
 
 // Rows of 128 bytes, eight of them to an atom of 1024 in which 16-byte pieces are swizzled by the row.
 __device__ __forceinline__ u64 descriptor(u32 shared) {
@@ -90,11 +90,9 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THRE
 four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ absmax, const u32* __restrict__ pairs,
                    const u16* __restrict__ x, u16* __restrict__ y, int rows, int tiles, int columns,
                    long long x_stride, long long y_stride, float scale) {
-    extern __shared__ char unaligned[];
-    const u32 start = (u32)__cvta_generic_to_shared(unaligned), pad = (1024 - start % 1024) % 1024;
-    char* shared = unaligned + pad;  // swizzled atoms start at multiples of their size
-    const u32 x_shared = start + pad;
-    char* table = shared + STAGES * KB * COLUMN;
+    extern __shared__ __align__(1024) char shared[];  // swizzled atoms start at multiples of their size
+    const u32 start = (u32)__cvta_generic_to_shared(shared), x_shared = start + TABLE_BYTES;
+    char* table = shared;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = blockIdx.z, steps = columns / KB;
     const int first = steps * split / SPLITS, count = steps * (split + 1) / SPLITS - first;
@@ -107,21 +105,27 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         const int tile = feature0 / 16 + (warp / 4 * MW + m) * 4 + warp % 4;
         const int at = tile < tiles ? tile : tiles - 1;  // beyond the last feature: read, but never written
         my_codes[m] = codes + ((long long)at * columns + first * KB) * 32 + lane;
-        my_absmax[m] = absmax + (long long)at * columns * 16 + g * 4;
+        my_absmax[m] = absmax + (long long)at * columns * 16 + first * KB / 4 * 64 + first * KB % 4 + g * 4;
     }
     uint4 ahead[KB][MW];  // the next codes of each column of a stage
     float scales[KB][MW][2];
-    auto fetch = [&](int k, int m, int step) {
-        const int column = (first + step) * KB + k;
-        ahead[k][m] = load_codes(my_codes[m] + (step * KB + k) * 32);
-        const float* from = my_absmax[m] + column / 4 * 64 + column % 4;
-        scales[k][m][0] = __ldg(from);
-        scales[k][m][1] = __ldg(from + 32);
+    auto fetch = [&](int k, int m) {
+        ahead[k][m] = load_codes(my_codes[m] + k * 32);
+        scales[k][m][0] = __ldg(my_absmax[m] + k);
+        scales[k][m][1] = __ldg(my_absmax[m] + k + 32);
+    };
+    auto advance = [&](int step) {  // to where the next step's are; four columns of absmax lie together
+#pragma unroll
+        for (int m = 0; m < MW; m++) {
+            my_codes[m] += KB * 32;
+            my_absmax[m] += KB % 4 == 0 || (first + step) * KB % 4 != 0 ? 64 - (4 - KB % 4) % 4 : KB;
+        }
     };
 #pragma unroll
     for (int k = 0; k < KB; k++)
 #pragma unroll
-        for (int m = 0; m < MW; m++) fetch(k, m, 0);
+        for (int m = 0; m < MW; m++) fetch(k, m);
+    advance(0);
 
     for (u32 entry = thread; entry < 256; entry += THREADS) {
         const u32 pair = pairs[entry];
@@ -164,10 +168,10 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
     }
     u32 a[2][4][4];
     float by[2][2] = {{0.0f, 0.0f}, {0.0f, 0.0f}};  // of the tile in each half of a
-    auto decode_next = [&](int half, int k, int m, int step) {
+    auto decode_next = [&](int half, int k, int m, bool more) {
         decode(a[half], ahead[k][m], table, lane * 4);
         by[half][0] = scales[k][m][0], by[half][1] = scales[k][m][1];
-        if (step + 1 < count) fetch(k, m, step + 1);
+        if (more) fetch(k, m);
     };
     auto add_up = [&](float (&total)[32], float (&part)[32], float low, float high) {
 #pragma unroll
@@ -175,7 +179,7 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
 #pragma unroll
         for (int i = 0; i < 32; i++) total[i] = fmaf(i % 4 < 2 ? low : high, part[i], total[i]);
     };
-    decode_next(0, 0, 0, 0);
+    decode_next(0, 0, 0, count > 1);
     int stage = 0;
     for (int step = 0; step < count; step++) {
         asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -184,7 +188,8 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         const int next = stage == STAGES - 1 ? 0 : stage + 1;
         if (step + 1 < count) fetch_x(step + 1, next);
         asm volatile("cp.async.commit_group;");
-        const u32 my_stage = x_shared + stage * KB * COLUMN;
+        const bool more = step + 1 < count;
+        const u64 my_stage = descriptor(x_shared + stage * KB * COLUMN);  // counts 16 bytes
         stage = next;
 #pragma unroll
         for (int tile = 0; tile < KB * MW; tile++) {
@@ -193,12 +198,12 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
             for (int n = 0; n < NC; n++) {
                 const int unit = tile * NC + n;
                 float(&into)[32] = sums[unit % TEMPS];
-                const u32 b = my_stage + k * COLUMN + n * 8192;
+                const u64 b = my_stage + (k * COLUMN + n * 8192) / 16;
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply<0>(into, a[half][0], descriptor(b));
-                multiply<1>(into, a[half][1], descriptor(b + 32));
-                multiply<1>(into, a[half][2], descriptor(b + 64));
-                multiply<1>(into, a[half][3], descriptor(b + 96));
+                multiply<0>(into, a[half][0], b);
+                multiply<1>(into, a[half][1], b + 2);
+                multiply<1>(into, a[half][2], b + 4);
+                multiply<1>(into, a[half][3], b + 6);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 if (TEMPS == 2 && unit > 0) {  // the sums before these are there
                     const int of = unit - 1;
@@ -207,8 +212,9 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
                 }
                 if (n == 0) {  // nothing reads the other half now
                     const int then = (tile + 1) % (KB * MW);
-                    if (then != 0) decode_next(1 - half, then / MW, then % MW, step);
-                    else if (step + 1 < count) decode_next(1 - half, 0, 0, step + 1);
+                    if (then != 0) decode_next(1 - half, then / MW, then % MW, more);
+                    if (then == 0) advance(step + 1);
+                    if (then == 0 && more) decode_next(1 - half, 0, 0, step + 2 < count);
                 }
                 if (TEMPS == 1 || unit == KB * MW * NC - 1) {
                     wait_products<0>();
@@ -239,7 +245,7 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int part = 0; part < SPLITS; part++) {
-            const u32 at = x_shared + row * SUM_STRIDE + feature * 4;
+            const u32 at = start + row * SUM_STRIDE + feature * 4;
             const float4 v = SPLITS == 1 ? *reinterpret_cast<const float4*>(shared + row * SUM_STRIDE + feature * 4)
                                          : read_part(at, part);
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;

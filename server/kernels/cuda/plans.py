@@ -36,8 +36,9 @@ class TilesPlan:
 @dataclass(frozen=True, slots=True)
 class WarpgroupPlan:
     """A block of threads takes `row_chunks` x 64 rows of x and `groups` x `feature_tiles` x 64 output features, over
-    one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` (even) x 64 at a time are in shared
-    memory. A warpgroup has `temps` (1 or 2) chunks of products under way; `resident` blocks share a multiprocessor."""
+    one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` (2 or 4) x 64 at a time are in
+    shared memory. A warpgroup has `temps` (1 or 2) chunks of products under way, `resident` blocks share a
+    multiprocessor."""
 
     feature_tiles: int
     row_chunks: int
