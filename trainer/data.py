@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainer.errors import DataError
+from trainer.errors import DataError, SettingsError
 
 ROLES = ("system", "user", "assistant")
 FORMS = "messages, or prompt and completion, or text"
@@ -147,6 +147,15 @@ def load_rows(path: Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
     return rows
+
+
+def require_data(data: str) -> Path:
+    """The path that a setting `data` names. Raises SettingsError or DataError if there is none."""
+    if not data:
+        raise SettingsError("data is missing: pass --data FILE")
+    if not Path(data).exists():
+        raise DataError(f"{data}: no such file")
+    return Path(data)
 
 
 def check_rows(path: Path) -> None:

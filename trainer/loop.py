@@ -182,6 +182,7 @@ class Loop:
 
     def check(self, example: Example) -> None:
         """Whether the loss is the model's own, on the start of `example`. Raises TrainingError if not."""
+        self._lm.eval()
         with self._autocast():
             self._loss.check(torch.from_numpy(example.ids).long().to(self._device))
 

@@ -13,7 +13,7 @@ import torch
 from server.base.resolve import BaseModel, locate_base, resolve_base
 from server.errors import UnsupportedModel
 from trainer.batches import Feed
-from trainer.data import FORMS, load_rows, open_source
+from trainer.data import FORMS, load_rows, open_source, require_data
 from trainer.devices import choose_attention, choose_device, choose_dtype, dtype_name
 from trainer.encoding import Counts, Encoder, Example
 from trainer.errors import DataError, SettingsError
@@ -61,11 +61,9 @@ class Prepared:
 def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Prepared:
     """Check everything that can be checked before the model is loaded. `like` is another run's of the same base, whose
     base and tokenizer are taken. Raises LorikeetError kinds."""
-    if not settings.data:
-        raise SettingsError("data is missing: pass --data FILE")
-    for path in filter(None, (settings.data, settings.eval_data)):
-        if not Path(path).exists():
-            raise DataError(f"{path}: no such file")
+    require_data(settings.data)
+    if settings.eval_data:
+        require_data(settings.eval_data)
     base = like.base if like else find_base(settings.base, note)
     config = read_config(base.path)
     device = choose_device(settings.device)

@@ -10,38 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from server.base.resolve import BaseModel
 from tests.trainer.conftest import Train
+from tests.trainer.recorder import Recorder
 from trainer.batches import Feed, collate
 from trainer.encoding import Example
 from trainer.errors import TrainingError
-from trainer.loop import Loop, Progress, Step
+from trainer.loop import Loop, Step
 from trainer.loss import CausalLoss
 from trainer.methods.adapter import add_adapter
 from trainer.settings import Settings
 
 CPU = torch.device("cpu")
-
-
-class Recorder:
-    """Keeps the steps."""
-
-    def __init__(self) -> None:
-        self.steps: list[Step] = []
-        self.notes: list[str] = []
-
-    def stepped(self, step: Step) -> None:
-        self.steps.append(step)
-
-    def evaluated(self, evaluation: Any) -> None: ...
-
-    def save(self, progress: Progress) -> None: ...
-
-    def save_best(self, progress: Progress) -> None: ...
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def is_stopped(self) -> bool:
-        return False
 
 
 def examples(count: int = 12) -> list[Example]:

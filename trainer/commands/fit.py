@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trainer.fit import Report, Watcher
     from trainer.settings import Settings
 
+Config = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Settings by these names; flags go before it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
 
@@ -24,9 +25,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the trac
 @with_settings
 def fit(
     given: Given,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Settings by these names; flags go before it.")
-    ] = None,
+    config: Config = None,
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's directory, new. Without it: in ./runs.")
     ] = None,
