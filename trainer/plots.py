@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SIZE = (8.0, 4.5)  # inches
 DPI = 120
 GIB = 1 << 30
-SMOOTHING = 20  # steps: what the drawn mean forgets by a factor of e
+SMOOTHING = 0.04  # of a run: after so much of it the drawn mean has forgotten all but 1/e
 COLOURS = ("#2a6f97", "#e07a5f", "#588157", "#8d6a9f", "#b08900", "#4f5d75")
 
 
@@ -58,7 +58,7 @@ def plot_comparison(comparison: "Comparison") -> bytes:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """An exponential running mean that owes nothing to a start at zero."""
-    keep = math.exp(-1 / SMOOTHING)
+    keep = math.exp(-1 / max(1.0, SMOOTHING * len(values)))
     mean = weight = 0.0
     result: list[float] = []
     for value in values:
