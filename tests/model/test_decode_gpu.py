@@ -10,7 +10,7 @@ from server.model.attention import AttentionChunk, TorchAttention
 pytestmark = pytest.mark.gpu
 
 PAGE = 16
-NUM_PAGES = 3000
+NUM_PAGES = 4000
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LENGTHS = {
     1: [[1], [600], [4000]],

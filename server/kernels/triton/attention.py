@@ -217,7 +217,7 @@ def _merge(
     largest = tl.full((MEMBERS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((MEMBERS,), dtype=tl.float32)
     acc = tl.zeros((MEMBERS, BLOCK_D), dtype=tl.float32)
-    for first in range(0, num_runs, MERGED):
+    for first in tl.range(0, num_runs, MERGED, num_stages=1):  # not pipelined: shared memory is for keys and values
         split = first + tl.arange(0, MERGED)
         is_part = (split < num_runs)[:, None] & (member < GROUP)[None, :]
         part_row = first_row + split[:, None] * (KV_HEADS * GROUP) + member[None, :]
