@@ -51,6 +51,11 @@ class TrainingInfo:
     template_digest: str | None = None
     scores: Scores | None = None
 
+    @property
+    def held_base(self) -> str:
+        """How the base's weights were held: "nf4", …, or "none" for 16 or 32 bits."""
+        return self.base_quantization or "none"
+
     def not_finite(self) -> list[str]:
         """The metrics, scores and hyper-parameters that JSON cannot hold: NaN and infinity."""
         numbers = {**self.hyperparameters, **self.metrics, **(asdict(self.scores) if self.scores else {})}

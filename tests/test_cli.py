@@ -158,6 +158,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
             timings=common_pb2.Timings(decode_seconds=0.5),
             request_id="r",
             adapter_digest=DIGEST,
+            serving=common_pb2.SERVING_COMPENSATED,
+            trained_quantization="nf4",
         ),
     ]
     fake.adapters = [_adapter("pirate"), _adapter("json-reply")]
@@ -334,6 +336,8 @@ def test_generate_json_is_one_object(server: FakeServer, capsys: pytest.CaptureF
         "token_ids": [1, 2, 3],
         "logprobs": [{"token_id": 3, "logprob": -0.5, "top": []}],
         "finish_reason": "length",
+        "serving": "compensated",
+        "trained_quantization": "nf4",
         "usage": {"prompt_tokens": 5, "cached_prompt_tokens": 0, "completion_tokens": 3},
         "timings": {"queue_seconds": 0, "adapter_load_seconds": 0, "prefill_seconds": 0, "decode_seconds": 0.5},
     }

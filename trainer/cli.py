@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import typer
 
 from adapters.errors import LorikeetError
+from trainer.commands.check import check
 from trainer.commands.compare import compare, report
 from trainer.commands.display import note
 from trainer.commands.fit import fit, resume
+from trainer.commands.preview import preview
 from trainer.commands.publish import evaluate, publish
 from trainer.commands.sweep import sweep
 
@@ -23,7 +25,7 @@ EPILOG = (
     "Exit codes: 0 done, 1 failure, 2 wrong usage, settings or data, 4 refused (base or adapter does not fit, or "
     "training failed), 5 no room on the disk, 6 store not reachable, 130 interrupted."
 )
-COMMANDS = (fit, resume, publish, evaluate, compare, sweep, report)
+COMMANDS = (fit, resume, preview, publish, evaluate, check, compare, sweep, report)
 
 
 def _root() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.base.quantization import Quantization
 from server.base.spec import ModelSpec
 from server.engine.canary import Canary
 from server.lora.batch import TokenSpan, build_lora_batch
@@ -75,13 +76,15 @@ class _Part:
 
 
 class ServedBase:
-    """A base as the server holds it. Raises BaseModelError where the server would."""
+    """A base as the server holds it, in 4 bits with `quantization`. Raises BaseModelError where the server would."""
 
-    def __init__(self, directory: Path, spec: ModelSpec, device: torch.device) -> None:
+    def __init__(
+        self, directory: Path, spec: ModelSpec, device: torch.device, quantization: Quantization | None = None
+    ) -> None:
         self.spec = spec
         self.device = device
         self.dtype = DTYPES[spec.dtype]  # as `lorikeet serve` without --dtype
-        weights = load_weights(directory, spec, self.dtype, device)
+        weights = load_weights(directory, spec, self.dtype, device, quantization)
         self._model = Transformer(spec, weights, spec.max_position)
         self._attention = TorchAttention(spec.softmax_scale, spec.num_kv_heads, PAGE_SIZE, device)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from server.cli import adapters_merge, adapters_store, adapters_transfer
+from server.cli import adapters_check, adapters_merge, adapters_store, adapters_transfer
 from server.cli.adapters_fields import COLUMNS, adapter_fields, row, version_details, version_fields
 from server.cli.adapters_store import open_existing
 from server.cli.options import DEFAULT_SERVER, AdapterId, Debug, Json, Server, Timeout, help_if_alone
@@ -31,6 +31,7 @@ def build_app() -> typer.Typer:
     app.command("label")(adapters_store.label)
     app.command("rollback")(adapters_store.rollback)
     app.command("remove")(adapters_store.remove)
+    app.command("check")(adapters_check.check)
     app.command("verify")(adapters_store.verify)
     app.command("gc")(adapters_store.gc)
     app.command("load")(load)

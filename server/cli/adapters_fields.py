@@ -34,6 +34,7 @@ def adapter_fields(adapter: "Adapter") -> dict[str, Any]:
         "residency": residency,
         "pinned": adapter.pinned,
         "merged": adapter.merged,
+        "trained_quantization": adapter.trained_quantization or None,
     }
 
 
@@ -56,6 +57,7 @@ def version_fields(version: "Version") -> dict[str, Any]:
         "residency": None,
         "pinned": None,
         "merged": None,
+        "trained_quantization": manifest.training.held_base if manifest.training else None,
     }
 
 

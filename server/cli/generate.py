@@ -129,10 +129,12 @@ def answer_fields(reply: "GenerateResponse | StreamGenerateResponse") -> dict[st
     if reply.logprobs:
         fields["logprobs"] = [_logprob_fields(position) for position in reply.logprobs]
     if reply.finish_reason:
-        from lorikeet.v1.common_pb2 import FinishReason
+        from lorikeet.v1.common_pb2 import FinishReason, Serving
 
         fields["finish_reason"] = FinishReason.Name(reply.finish_reason).removeprefix("FINISH_REASON_").lower()
         usage, timings = reply.usage, reply.timings
+        fields["serving"] = Serving.Name(reply.serving).removeprefix("SERVING_").lower()
+        fields["trained_quantization"] = reply.trained_quantization or None
         fields["usage"] = {
             "prompt_tokens": usage.prompt_tokens,
             "cached_prompt_tokens": usage.cached_prompt_tokens,

@@ -8,17 +8,24 @@ from server.frontend.types import Delta, Usage
 
 
 class Completion:
-    """Decodes the pieces of a stream as they are taken. `stop` None: there are no stop strings."""
+    """Decodes the pieces of a stream as they are taken. `stop` None: there are no stop strings. The digest and
+    `trained_quantization` are those of its deltas."""
 
-    __slots__ = ("_adapter_digest", "_detokenizer", "_prompt_tokens", "_stop", "num_tokens")
+    __slots__ = ("_adapter_digest", "_detokenizer", "_prompt_tokens", "_stop", "_trained_quantization", "num_tokens")
 
     def __init__(
-        self, detokenizer: Detokenizer, stop: StopStrings | None, adapter_digest: str, prompt_tokens: int
+        self,
+        detokenizer: Detokenizer,
+        stop: StopStrings | None,
+        adapter_digest: str,
+        prompt_tokens: int,
+        trained_quantization: str = "",
     ) -> None:
         self._detokenizer = detokenizer
         self._stop = stop
         self._adapter_digest = adapter_digest
         self._prompt_tokens = prompt_tokens
+        self._trained_quantization = trained_quantization
         self.num_tokens = 0
 
     def delta(self, piece: Piece, stream: Stream) -> Delta:
@@ -41,7 +48,15 @@ class Completion:
             return Delta(text, token_ids, self._adapter_digest, logprobs, serving=stream.serving)
         usage = Usage(self._prompt_tokens, stream.num_cached, self.num_tokens)
         return Delta(
-            text, token_ids, self._adapter_digest, logprobs, finish_reason, usage, _timings(stream), stream.serving
+            text=text,
+            token_ids=token_ids,
+            adapter_digest=self._adapter_digest,
+            logprobs=logprobs,
+            finish_reason=finish_reason,
+            usage=usage,
+            timings=_timings(stream),
+            serving=stream.serving,
+            trained_quantization=self._trained_quantization,
         )
 
     def _text_before_stop(self, stop: StopStrings, token_ids: list[int], is_end: bool) -> tuple[str, int]:

@@ -72,6 +72,7 @@ class Preparation:
             StopStrings(request.stop_strings) if request.stop_strings else None,
             "" if version is None else version.digest,
             len(prompt),
+            _trained_otherwise(version, info),
         )
         return Prepared(submit, completion)
 
@@ -90,6 +91,14 @@ class Preparation:
         if sum(len(message.content) for message in messages) > _ENCODE_INLINE:
             return "messages", await asyncio.to_thread(self._tokenizer.encode_chat, messages, max_tokens)
         return "messages", self._tokenizer.encode_chat(messages, max_tokens)
+
+
+def _trained_otherwise(version: Version | None, info: Ready) -> str:
+    """What the base was held in when the adapter was trained, if that is known and not what it is held in now."""
+    training = version.manifest.training if version is not None else None
+    if training is None or training.held_base == (info.quantization or "none"):
+        return ""
+    return training.held_base
 
 
 def reference(version: Version) -> AdapterRef:

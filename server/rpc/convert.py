@@ -115,6 +115,7 @@ def adapter(version: Version, residency: Residency) -> adapter_pb2.Adapter:
         size_bytes=manifest.size_bytes,
         num_parameters=manifest.num_parameters,
         method=manifest.training.method if manifest.training is not None else "",
+        trained_quantization=manifest.training.held_base if manifest.training is not None else "",
         residency=_RESIDENCIES[residency.fastest],
         tiers=[
             adapter_pb2.Adapter.Tier(
@@ -228,6 +229,7 @@ def _finish(message: AnyGenerateResponse, last: Delta) -> None:
     assert last.usage is not None, "a generation ended without usage"
     message.finish_reason = _FINISH_REASONS[last.finish_reason]
     message.usage.MergeFrom(_usage(last.usage))
+    message.trained_quantization = last.trained_quantization
     if last.timings is not None:
         message.timings.MergeFrom(_timings(last.timings))
 

@@ -115,7 +115,21 @@ class FakeRegistry:
         if adapter_id == "missing":
             raise AdapterNotFound(f"no adapter is named {adapter_id!r}")
         path = self.store.paths[f"sha256:{adapter_id}"] = Path("/adapters") / adapter_id
-        return Version(adapter_id, f"sha256:{adapter_id}", path, (), cast(Manifest, None))
+        manifest = Manifest(
+            digest=f"sha256:{adapter_id}",
+            base_digest="sha256:base",
+            base_name="base",
+            rank=8,
+            ranks=(8,),
+            alpha=16.0,
+            target_modules=("q_proj",),
+            dtype="F32",
+            num_parameters=1,
+            size_bytes=1,
+            created_at="2026-11-22T00:00:00Z",
+            files={},
+        )
+        return Version(adapter_id, manifest.digest, path, (), manifest)
 
 
 def base_model(directory: Path) -> BaseModel:
