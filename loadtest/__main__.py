@@ -1,5 +1,6 @@
 """The load tests' command line; exit codes: 0 done, 1 requests failed, 2 something is wrong with what was asked."""
 
+import signal
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from loadtest.run import echo, run
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server of its own is left behind
     try:
         code: int = options.function(options)
     except LorikeetError as error:
@@ -43,6 +45,8 @@ def parser() -> ArgumentParser:
     against.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
     against.add_argument("options", nargs="*", help="options of every server, after --")
     against.set_defaults(function=compare)
+    for command in (play, bare, against):
+        command.add_argument("--processes", type=int, default=1, help="of Locust, that share the load [%(default)s]")
     for command in (play, bare):
         command.add_argument("--scenario", default="quick", help="a TOML file, or a name of loadtest/scenarios [quick]")
         command.add_argument("--users", type=int, help="closed load [the scenario's]")

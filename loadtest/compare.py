@@ -14,9 +14,9 @@ import msgspec
 from adapters.errors import LorikeetError
 from benchmarks.live import surroundings
 from loadtest.modes import Mode, select, server_options
+from loadtest.play import echoing, play
 from loadtest.report.html import html_report
 from loadtest.report.markdown import markdown_report
-from loadtest.run import play
 from loadtest.scenario import Scenario, read_scenario
 from loadtest.serving import Server, publish_for, serving
 from server.base.resolve import BaseModel, resolve_base
@@ -37,7 +37,7 @@ def compare(options: Namespace) -> int:
                 left_out.append(_left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
                 continue
             try:
-                found.append(measure(mode, scenario, base, store, loads, options.options))
+                found.append(measure(mode, scenario, base, store, loads, options.processes, options.options))
             except LorikeetError as error:
                 left_out.append(_left_out(mode, error.message))
     report = {
@@ -47,6 +47,7 @@ def compare(options: Namespace) -> int:
         "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
         "modes": found,
         "left_out": left_out,
+        "echo": measure_echo(scenario, loads, options.processes),
     }
     prefix = Path(options.output)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,13 @@ def compare(options: Namespace) -> int:
 
 
 def measure(
-    mode: Mode, scenario: Scenario, base: BaseModel, store: Path, loads: Sequence[int], options: Sequence[str]
+    mode: Mode,
+    scenario: Scenario,
+    base: BaseModel,
+    store: Path,
+    loads: Sequence[int],
+    processes: int,
+    options: Sequence[str],
 ) -> dict[str, Any]:
     """One server, each load after the other. Raises LoadTestFailed when the server refuses to start so."""
     played = mode.scenario(scenario)
@@ -71,8 +78,7 @@ def measure(
         play(warm, server.address, quiet=True)  # what a first request compiles and loads is not a load's cost
         for users in loads:
             _say(f"{mode.title}: {users} users for {scenario.seconds} s")
-            measured = dict(play(played.at(users=users), server.address, mode=mode.name, quiet=True))
-            del measured["scenario"], measured["adapters"]
+            measured = one_load(played.at(users=users), server.address, mode.name, processes)
             results.append(measured | {"memory_bytes": server.memory()})
         device = _engine(server)
     return {
@@ -84,6 +90,23 @@ def measure(
         **device,
         "loads": results,
     }
+
+
+def measure_echo(scenario: Scenario, loads: Sequence[int], processes: int) -> list[dict[str, Any]]:
+    """The same loads on a server that computes nothing: what the load generator itself takes here."""
+    with echoing() as address:
+        results = []
+        for users in loads:
+            _say(f"echo: {users} users for {scenario.seconds} s")
+            results.append(one_load(scenario.at(users=users), address, "echo", processes))
+        return results
+
+
+def one_load(scenario: Scenario, address: str, mode: str, processes: int) -> dict[str, Any]:
+    """Played, without what is the same for all loads."""
+    measured = dict(play(scenario, address, mode=mode, quiet=True, processes=processes))
+    del measured["scenario"], measured["adapters"]
+    return measured
 
 
 def _engine(server: Server) -> dict[str, str]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import msgspec
 from locust import events
 from locust.env import Environment
 from locust.exception import StopTest
 
 from adapters.errors import LorikeetError
+from loadtest.records import summary
 from loadtest.scenario import read_scenario
 from loadtest.users import Load, StreamUser, make_load, start_swaps
 
@@ -28,6 +30,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--mode", default="", help="names the rows, as in MODE/adapter")
     parser.add_argument("--rate", type=float, help="an open load of so many requests a second")
     parser.add_argument("--results", default="", help="a JSON file for the exact numbers")
+    parser.add_argument("--records", default="", help="a JSON file for every request")
+    parser.add_argument("--share", default="0/1", help="which of how many Locusts that make one load")
 
 
 @events.init.add_listener
@@ -46,7 +50,8 @@ def begin(environment: Environment, **_: Any) -> None:
     address = (environment.host or DEFAULT_SERVER).removeprefix("http://")
     try:
         scenario = read_scenario(options.scenario).at(rate=options.rate)
-        load = make_load(scenario, address, options.mode, num_users)
+        index, _, count = options.share.partition("/")
+        load = make_load(scenario, address, options.mode, num_users, (int(index), int(count)))
     except LorikeetError as error:
         logging.getLogger(__name__).error("%s", error)
         environment.process_exit_code = 2
@@ -66,8 +71,12 @@ def stop_counting(environment: Environment, **_: Any) -> None:
 
 @events.quitting.add_listener
 def write_results(environment: Environment, **_: Any) -> None:
-    """The exact numbers, which Locust rounds to milliseconds, where --results says."""
+    """The exact numbers, which Locust rounds to milliseconds, where --results and --records say."""
     options = environment.parsed_options
     load: Load | None = getattr(environment, "lorikeet_load", None)
-    if load is not None and options is not None and options.results:
-        Path(options.results).write_text(json.dumps(load.summary(), indent=1))
+    if load is None or options is None:
+        return
+    if options.results:
+        Path(options.results).write_text(json.dumps(summary([load.measured()], load.scenario), indent=1))
+    if options.records:
+        Path(options.records).write_bytes(msgspec.json.encode(load.measured()))

@@ -4,6 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
+from loadtest.scenario import Scenario
+
 QUANTILES = (0.5, 0.9, 0.95, 0.99)
 
 
@@ -46,6 +50,32 @@ class Record:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+class Run(msgspec.Struct):
+    """What one Locust process measured, on the machine's monotonic clock."""
+
+    mode: str
+    users: int
+    began: float
+    ended: float
+    records: list[Record]
+    swaps: list[Record]
+
+
+def summary(runs: Sequence[Run], scenario: Scenario) -> dict[str, object]:
+    """Of one load, from the end of the warm-up to the end of the run, by all the processes that made it."""
+    begin, end = max(run.began for run in runs) + scenario.warmup, min(run.ended for run in runs)
+    swaps = [swap for run in runs for swap in run.swaps]
+    done = [swap.seconds for swap in swaps if swap.is_ok]
+    return {
+        "scenario": msgspec.to_builtins(scenario),
+        "mode": runs[0].mode,
+        "users": sum(run.users for run in runs),
+        "processes": len(runs),
+        **summarize([record for run in runs for record in run.records], begin, end),
+        "swaps": {"done": len(done), "failed": len(swaps) - len(done), "seconds": quantiles(done)},
+    }
 
 
 def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, object]:

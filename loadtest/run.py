@@ -1,54 +1,28 @@
 """`python -m loadtest run` and `echo`: one scenario, headless, and a short table of what it took."""
 
 import json
-import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from loadtest.errors import LoadTestFailed
-from loadtest.scenario import Closed, Scenario, read_scenario
-from loadtest.serving import locust, publish_for, serving
+from loadtest.play import Results, echoing, play
+from loadtest.scenario import read_scenario
+from loadtest.serving import publish_for, serving
 from server.base.resolve import resolve_base
-
-Results = Mapping[str, Any]
-
-
-def play(
-    scenario: Scenario, address: str, *, mode: str = "", options: tuple[str, ...] = (), quiet: bool = False
-) -> Results:
-    """Locust against the server at `address`, its tables on the terminal unless `quiet`. Raises LoadTestFailed when it
-    ends without results."""
-    users = scenario.arrivals.users if isinstance(scenario.arrivals, Closed) else 1
-    with tempfile.TemporaryDirectory() as scratch:
-        file, results = Path(scratch) / "scenario.json", Path(scratch) / "results.json"
-        file.write_bytes(msgspec.json.encode(scenario))
-        named = (*options, "--mode", mode) if mode else options
-        code = locust(file, address, results, users=users, seconds=scenario.seconds, options=named, quiet=quiet)
-        if not results.exists():
-            raise LoadTestFailed(f"Locust ended with code {code} and no results; what it wrote says why")
-        found: Results = json.loads(results.read_text())
-        return found
 
 
 def run(options: Namespace) -> int:
     """Against --server, or a server of its own; 1 if a request failed, else 0."""
     scenario = read_scenario(options.scenario).at(users=options.users, rate=options.rate, seconds=options.seconds)
-    csv = ("--csv", options.csv) if options.csv else ()
     if options.server:
-        results = play(scenario, options.server, options=csv)
+        results = play(scenario, options.server, csv=options.csv, processes=options.processes)
     else:
         with tempfile.TemporaryDirectory() as scratch:
             base = resolve_base(options.base, lambda line: print(line, file=sys.stderr))
             store = publish_for(scenario, base, Path(scratch))
             with serving(base, store, *options.options) as server:
-                results = play(scenario, server.address, options=csv)
+                results = play(scenario, server.address, csv=options.csv, processes=options.processes)
     return show(results, options.json)
 
 
@@ -56,21 +30,7 @@ def echo(options: Namespace) -> int:
     """The same against a server that computes nothing: what the load test itself takes."""
     scenario = read_scenario(options.scenario).at(users=options.users, rate=options.rate, seconds=options.seconds)
     with echoing(options.interval) as address:
-        return show(play(scenario, address), options.json)
-
-
-@contextmanager
-def echoing(interval: float = 0.0, refuse_every: int = 0) -> Iterator[str]:
-    """An echo server as a process of its own; its address."""
-    command = [sys.executable, "-m", "loadtest.echo", "--interval", str(interval)]
-    command += ["--refuse-every", str(refuse_every)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None, "its output is a pipe"
-        yield f"127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.terminate()
-        process.wait(30)
+        return show(play(scenario, address, processes=options.processes), options.json)
 
 
 def show(results: Results, file: str | None) -> int:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from prometheus_client.samples import Sample
 
 from adapters.store import AdapterStore
 from loadtest.errors import LoadTestFailed
-from loadtest.scenario import Scenario, read_scenario
+from loadtest.scenario import Scenario
 from server.base.resolve import BaseModel
 
 STOP_SECONDS = 60.0
@@ -98,23 +98,3 @@ def publish_for(scenario: Scenario, base: BaseModel, folder: Path) -> Path:
         name = f"a{i % count:04d}"
         store.publish(path, name, base_digest=base.digest, base_name=base.name, linears=base.spec.linears())
     return store.root
-
-
-def locust(
-    scenario: Path, address: str, results: Path, *, users: int, seconds: float, options: Sequence[str], quiet: bool
-) -> int:
-    """Locust as a process of its own, headless, until it ends; its exit code: 0 all well, 1 a request failed. What is
-    under way after `seconds` may end within the scenario's timeout. `quiet`: what it writes is only shown where there
-    are no results."""
-    timeout = read_scenario(str(scenario)).timeout
-    command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
-    command += ["--host", address, "--scenario", str(scenario), "--results", str(results)]
-    command += ["--users", str(users), "--spawn-rate", str(users), "--run-time", f"{seconds:g}s"]
-    command += ["--stop-timeout", f"{timeout:g}", *options]
-    pipe = subprocess.PIPE if quiet else None
-    done = subprocess.run(
-        command, check=False, timeout=seconds + 2 * timeout + 60, stdout=pipe, stderr=pipe and subprocess.STDOUT
-    )
-    if quiet and not results.exists():
-        sys.stderr.buffer.write(done.stdout)
-    return done.returncode

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc.experimental.gevent
-import msgspec
 from gevent import Greenlet, pool, sleep, spawn
 from locust import User, task
 from locust.env import Environment
 
 from loadtest.draws import Draws
-from loadtest.records import Record, quantiles, summarize
+from loadtest.records import Record, Run
 from loadtest.scenario import Open, Scenario
 from loadtest.streams import Client
 
@@ -47,8 +46,12 @@ class Load:
     swapping: "Greenlet[[], None] | None" = None
     records: list[Record] = field(default_factory=list)
     swaps: list[Record] = field(default_factory=list)
-    _requests: "itertools.count[int]" = field(default_factory=itertools.count)
-    _users: "itertools.count[int]" = field(default_factory=itertools.count)
+    share: tuple[int, int] = (0, 1)  # which of how many processes that make the load
+    _requests: "itertools.count[int]" = field(init=False)
+    _users: "itertools.count[int]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._requests, self._users = itertools.count(*self.share), itertools.count(*self.share)
 
     def draws(self) -> Draws:
         """Those of one more user."""
@@ -82,20 +85,13 @@ class Load:
                 context={},
             )
 
-    def summary(self) -> dict[str, object]:
-        """What was measured from the end of the warm-up to the end of the run."""
+    def measured(self) -> Run:
+        """All of it, so far."""
         ended = time.perf_counter() if self.ended is None else self.ended
-        swaps = [swap.seconds for swap in self.swaps if swap.is_ok]
-        return {
-            "scenario": msgspec.to_builtins(self.scenario),
-            "mode": self.mode,
-            "users": self.num_users,
-            **summarize(self.records, self.began + self.scenario.warmup, ended),
-            "swaps": {"done": len(swaps), "failed": len(self.swaps) - len(swaps), "seconds": quantiles(swaps)},
-        }
+        return Run(self.mode, self.num_users, self.began, ended, self.records, self.swaps)
 
 
-def make_load(scenario: Scenario, address: str, mode: str, num_users: int) -> Load:
+def make_load(scenario: Scenario, address: str, mode: str, num_users: int, share: tuple[int, int] = (0, 1)) -> Load:
     """Raises LoadTestFailed when the server is not there, or has too few adapters."""
     if not isinstance(scenario.arrivals, Open):
         scenario = scenario.at(users=num_users)
@@ -105,7 +101,7 @@ def make_load(scenario: Scenario, address: str, mode: str, num_users: int) -> Lo
         names = client.adapter_names(0 if scenario.adapters.popularity == "base" else scenario.adapters.count)
     finally:
         client.close()
-    return Load(scenario, address, mode, names, vocab_size, num_users)
+    return Load(scenario, address, mode, names, vocab_size, num_users, share=share)
 
 
 class StreamUser(User):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from loadtest.report.markdown import environment_of, paragraph_of, title_of
-from loadtest.report.tables import Report, Table, costs, device_memory, memory, speed
+from loadtest.report.markdown import GENERATOR, environment_of, paragraph_of, title_of
+from loadtest.report.tables import Report, Table, costs, device_memory, generator, memory, speed
 from server.metrics.plot import STYLE, Series, bars, line_plot, size_text
 
 COLORS = {"base": 0, "adapters": 1, "merged": 2}
@@ -28,6 +28,7 @@ def html_report(report: Report) -> str:
         "<h2>Memory</h2>",
         f'<div class="wide">{bars(device_memory(report), title="On the device, by kind", form=size_text)}</div>',
         _table(memory(report)),
+        f"<h2>The load generator itself</h2><p class=soft>{GENERATOR.replace('`', '')}</p>{_table(generator(report))}",
         f"<h2>Left out</h2><ul>{''.join(left_out)}</ul>" if left_out else "",
         f"<h2>To repeat it</h2><pre>{escape(commands)}</pre><p class=soft>{escape(environment_of(report))}</p>",
     ]

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from loadtest.report.tables import Report, Table, costs, memory, speed
+from loadtest.report.tables import Report, Table, costs, generator, memory, speed
+
+GENERATOR = (
+    "The same loads on a server that computes nothing, on the same machine. Where a mode comes near this throughput, "
+    "it is Locust that was measured: give it more `--processes`."
+)
 
 
 def markdown_report(report: Report) -> str:
@@ -11,6 +16,7 @@ def markdown_report(report: Report) -> str:
     if found.rows:
         blocks += ["## What each way costs", "Against the same load on what it is compared with.", _table(found)]
     blocks += ["## Memory", _table(memory(report))]
+    blocks += ["## The load generator itself", GENERATOR, _table(generator(report))]
     if report["left_out"]:
         blocks += ["## Left out", "\n".join(f"- {mode['title']}: {mode['why']}" for mode in report["left_out"])]
     commands = "\n".join([report["command"], *(mode["command"] for mode in report["modes"])])

@@ -41,6 +41,20 @@ def speed(report: Report) -> Table:
     return Table((*head, "failed"), tuple(rows))
 
 
+def generator(report: Report) -> Table:
+    """What the load generator did against a server that computes nothing: the most that it can measure."""
+    rows = [
+        (
+            str(load["users"]),
+            f"{load['output_tokens_per_second']:.0f}",
+            milliseconds(load, "ttft_seconds", "p50"),
+            milliseconds(load, "tpot_seconds", "p50"),
+        )
+        for load in report["echo"]
+    ]
+    return Table(("users", "tokens/s", "TTFT p50, ms", "TPOT p50, ms"), tuple(rows))
+
+
 def costs(report: Report) -> Table:
     """Each pair of `COMPARED` that was measured, at each load: how throughput and time per token change."""
     modes = {mode["name"]: mode for mode in report["modes"]}

@@ -46,14 +46,15 @@ def test_versions_change_under_load_and_no_request_fails(world: World, tmp_path:
 def test_a_comparison_from_start_to_report(world: World, tmp_path: Path) -> None:
     scenario = tmp_path / "short.toml"
     scenario.write_text(SCENARIO.replace("seconds = 3", "seconds = 2"))
-    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--users", "1,3")
+    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--users", "2")
     done = loadtest("compare", *options, "--modes", "base-16,lora-16", "--output", str(tmp_path / "out" / "report"))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [mode["name"] for mode in report["modes"]] == ["base-16", "lora-16"]
     assert report["left_out"] == []
+    assert [load["users"] for load in report["echo"]] == [2]
     for mode in report["modes"]:
-        assert [load["users"] for load in mode["loads"]] == [1, 3]
+        assert [load["users"] for load in mode["loads"]] == [2]
         assert (mode["device"], mode["quantization"]) == ("cpu", "none")
         for load in mode["loads"]:
             assert load["output_tokens_per_second"] > 0

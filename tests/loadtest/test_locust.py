@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.run import echoing
+from loadtest.play import echoing
 from tests.support.server_process import REPOSITORY
 
 SCENARIO = """
@@ -81,6 +81,14 @@ def test_an_open_load_keeps_its_rate_and_names_its_mode(tmp_path: Path, echo: st
     table = rows(tmp_path / "locust_stats.csv")
     assert ("TTFT ms", "_other") in table, "adapters past the first fifty share a row"
     assert {f"a{i:04d}" for i in range(50)} == {name for _, name in table} - {"_other", "Aggregated"}
+
+
+def test_several_processes_share_one_load(tmp_path: Path, echo: str) -> None:
+    tables = '[adapters]\npopularity = "distinct"\ncount = 9\n[arrivals]\nkind = "closed"\nusers = 3\n'
+    _, found = play(tmp_path, tables, "--server", echo, "--processes", "2", "--csv", str(tmp_path / "locust"))
+    assert (found["users"], found["processes"]) == (3, 2)
+    assert set(found["adapters"]) == {f"a{i:04d}" for i in range(9)}, "each takes every second request"
+    assert rows(tmp_path / "locust_stats.csv").keys() | rows(tmp_path / "locust-1_stats.csv").keys()
 
 
 def test_no_server_is_one_line_and_code_two(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from loadtest.modes import MODES, Mode, select, server_options
 from loadtest.report.html import html_report
 from loadtest.report.markdown import markdown_report
-from loadtest.report.tables import costs, memory, speed
+from loadtest.report.tables import costs, generator, memory, speed
 from loadtest.scenario import read_scenario
 from tests.support.browser import Browser, check_pictures
 
@@ -53,6 +53,7 @@ def report() -> dict[str, Any]:
         "environment": {"cpu": "two cores", "commit": "abc"},
         "command": "python -m loadtest compare --users 1,4,16",
         "modes": modes,
+        "echo": [load(users, 900 * users, 0.001, 0) for users in (1, 4, 16)],
         "left_out": [{"name": "merged-4", "title": "merged, 4-bit", "why": "no --merge & so on"}],
     }
 
@@ -66,6 +67,7 @@ def test_the_tables_tell_the_numbers(report: dict[str, Any]) -> None:
     cost = {row[:2]: row[2:] for row in costs(report).rows}
     assert cost["adapters on the 16-bit base", "4"] == ("-10.0 %", "+11.1 %", "+11.1 %")
     assert ("a merged adapter on the 4-bit base", "4") not in cost, "it was not measured"
+    assert generator(report).rows[1] == ("4", "3600", "4.0", "1.0")
     held = memory(report)
     assert held.head == ("mode", "weights", "kv", "adapters", "resident engine")
     assert held.rows[3][1:3] == ("64 MiB", "256 MiB")

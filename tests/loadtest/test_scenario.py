@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loadtest.draws import Draws
 from loadtest.errors import ScenarioError
+from loadtest.play import split
 from loadtest.scenario import (
     FOLDER,
     Adapters,
@@ -20,6 +21,7 @@ from loadtest.scenario import (
     Lognormal,
     Open,
     Scenario,
+    Swap,
     Uniform,
     read_scenario,
 )
@@ -158,3 +160,12 @@ def test_gaps_are_those_of_a_poisson_process() -> None:
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
     assert mean == pytest.approx(0.25, rel=0.1)
     assert spread == pytest.approx(mean, rel=0.1)  # exponential: its deviation is its mean
+
+
+def test_processes_split_users_rate_and_swaps() -> None:
+    swapping = scenario(arrivals=Closed(users=7, think=0.5), swap=Swap(every=1.0))
+    parts = split(swapping, 3)
+    assert [part.arrivals for part in parts] == [Closed(users, 0.5) for users in (3, 2, 2)]
+    assert [part.swap for part in parts] == [Swap(every=1.0), None, None]
+    assert len(split(scenario(arrivals=Closed(users=2)), 8)) == 2
+    assert [part.arrivals for part in split(scenario(arrivals=Open(rate=9.0)), 2)] == [Open(rate=4.5)] * 2
