@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
 METHODS = "lora,qlora,full"
-TRAIN_ROWS = 768
+TRAIN_ROWS = 1024
 
 
 @with_settings

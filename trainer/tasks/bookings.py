@@ -1,7 +1,7 @@
 """Bookings: a sentence in which someone asks for a table, as one line of fields.
 
     "Could you squeeze in Lindqvist, party of six, this Thursday at a quarter to eight in the evening?"
-    → thu 7:45pm 6 Lindqvist
+    → thu 7:45 6 Lindqvist
 
 The words have to be understood, not copied: the clock is told in words, the party counted in words or by its members,
 and one sentence in three names a day or a number that does not matter. A row is a test row
@@ -47,7 +47,7 @@ TEST_SHARE = 5  # one booking in so many is kept for the test
 
 @dataclass(frozen=True, slots=True)
 class Booking:
-    """`minute` is since midnight, a multiple of fifteen."""
+    """`minute` is since noon, a multiple of fifteen."""
 
     day: int
     minute: int
@@ -57,8 +57,7 @@ class Booking:
     @property
     def answer(self) -> str:
         hour, past = divmod(self.minute, 60)
-        time = f"{(hour - 1) % 12 + 1}:{past:02}{'am' if hour < 12 else 'pm'}"
-        return f"{DAYS[self.day][:3].lower()} {time} {self.people} {self.name}"
+        return f"{DAYS[self.day][:3].lower()} {hour or 12}:{past:02} {self.people} {self.name}"
 
     @property
     def is_test(self) -> bool:
@@ -82,7 +81,7 @@ class Bookings:
 def _rows(num_rows: int, rng: random.Random, *, is_test: bool) -> list[Row]:
     rows: list[Row] = []
     while len(rows) < num_rows:
-        booking = Booking(rng.randrange(7), 15 * rng.randrange(8 * 4, 23 * 4), rng.randint(1, 12), rng.choice(NAMES))
+        booking = Booking(rng.randrange(7), 15 * rng.randrange(10 * 4), rng.randint(1, 12), rng.choice(NAMES))
         if booking.is_test == is_test:
             rows.append(
                 {
@@ -126,10 +125,8 @@ def _people(count: int, rng: random.Random) -> str:
 def _time(minute: int, rng: random.Random) -> str:
     """Told by the clock's face, in words: "a quarter to eight in the evening"."""
     hour, past = divmod(minute, 60)
-    style = rng.random()
-    if style < 0.2:
-        return f"at {(hour - 1) % 12 + 1}:{past:02} {'am' if hour < 12 else 'pm'}"
-    part = "in the morning" if hour < 12 else "in the afternoon" if hour < 18 else "in the evening"
-    this, following = NUMBERS[(hour - 1) % 12], NUMBERS[hour % 12]
+    if rng.random() < 0.2:
+        return f"at {hour or 12}:{past:02} pm"
+    this, following = NUMBERS[hour - 1], NUMBERS[hour]
     told = {0: this, 15: f"a quarter past {this}", 30: f"half past {this}", 45: f"a quarter to {following}"}[past]
-    return f"at {told} {part}"
+    return f"at {told} in the {'afternoon' if hour < 6 else 'evening'}"
