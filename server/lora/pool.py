@@ -84,11 +84,14 @@ class AdapterPool:
                 self._free[page] = True
 
     def negate(self, ranges: Ranges) -> None:
-        """Change the sign of what an adapter adds; doing it again gives the same bits back. While nobody reads it."""
+        """Change the sign of what an adapter adds, while nobody reads it; doing it again gives the same bits back. The
+        rows are written when this returns."""
         for pool in self.groups.values():
             for b in pool.b:
                 for start, stop in ranges:
                     b[:, start:stop].neg_()
+        if self.is_cuda:
+            torch.cuda.current_stream().synchronize()  # a kernel that is launched early may read ahead
 
     def write(self, ranges: Ranges, adapter: PackedAdapter) -> None:
         """Copy an adapter into rows that nobody reads yet; may run on another thread than the step loop, and beside
