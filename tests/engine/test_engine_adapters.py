@@ -1,6 +1,7 @@
 """Adapters come, stay and go on request while sequences run, by the engine's messages."""
 
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from server.engine.messages import AdapterRef, Cancel, LoadAdapter, UnloadAdapter, UnpinAdapter
+from server.lora.pool import AdapterPool, Ranges
+from server.lora.weights import PackedAdapter
 from tests.engine.inprocess import Driver, make_adapter, oracle_tokens
 from tests.engine.test_parity import driver_row_bytes, prompt
 from tests.model.tiny import save_tiny
@@ -36,13 +39,31 @@ def tiers(driver: Driver, adapter: AdapterRef) -> list[str]:
 
 
 def test_a_load_tells_its_stages_and_then_its_end(
-    llama: tuple[PreTrainedModel, Path], adapters: list[AdapterRef], row_bytes: int
+    llama: tuple[PreTrainedModel, Path],
+    adapters: list[AdapterRef],
+    row_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    may_copy = threading.Event()
+
+    def write(pool: AdapterPool, ranges: Ranges, adapter: PackedAdapter) -> None:
+        assert may_copy.wait(60), "nobody told of the stage"
+        copy(pool, ranges, adapter)
+
+    copy = AdapterPool.write
+    monkeypatch.setattr(AdapterPool, "write", write)
     driver = Driver(llama[1], host_adapter_bytes=1 << 20)
-    assert driver.call(LoadAdapter("call", adapters[0])).error is None
+    driver.engine.handle(LoadAdapter("call", adapters[0]))
+    deadline = time.monotonic() + 60
+    while len(driver.inbox.progress) < 2:
+        assert time.monotonic() < deadline, "the stage that waits was not told"
+        driver.engine.step()
+        time.sleep(0.001)  # leave the interpreter to the thread that reads it
+    may_copy.set()
+    assert driver.answer("call").error is None
     seen = [(progress.stage, progress.total_bytes) for progress in driver.inbox.progress]
-    assert seen[0] == ("reading", 0)
-    assert set(seen[1:]) <= {("copying", 8 * row_bytes), ("checking", 8 * row_bytes)}
+    assert seen[:2] == [("reading", 0), ("copying", 8 * row_bytes)]
+    assert seen[2:] in ([], [("checking", 8 * row_bytes)])
     assert all(progress.call_id == "call" for progress in driver.inbox.progress)
     assert tiers(driver, adapters[0]) == ["host", "device"]
     assert driver.inbox.stats[-1].adapters == driver.engine.stats().adapters, "told before the call ended"

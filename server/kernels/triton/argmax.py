@@ -21,7 +21,7 @@ def argmax_rows(x: Tensor) -> Tensor:
     parts = triton.cdiv(width, _BLOCK)
     largest = torch.empty(n, parts, dtype=torch.float32, device=x.device)
     where = torch.empty(n, parts, dtype=torch.int32, device=x.device)
-    early = launches_early(x.device)
+    early = launches_early(x.device, len(x))
     options = {"EARLY": early, "launch_pdl": early}
     _argmax_parts[(n, parts)](x, largest, where, width, parts, BLOCK=_BLOCK, num_warps=4, **options)
     _argmax_of_parts[(n,)](

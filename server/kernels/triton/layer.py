@@ -35,7 +35,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     n, hidden = x.shape
     out = torch.empty_like(x)
     block = triton.next_power_of_2(hidden)
-    early = launches_early(x.device)
+    early = launches_early(x.device, n)
     if n:
         _add_rms_norm[(n,)](
             x, residual, weight, out, hidden, eps,
@@ -62,7 +62,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) · up for gate_up [n, 2·i], contiguous → [n, i]."""
     n, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(n, width, dtype=gate_up.dtype, device=gate_up.device)
-    early = launches_early(gate_up.device)
+    early = launches_early(gate_up.device, n)
     if n:
         _silu_mul[(n, triton.cdiv(width, 1024))](
             gate_up, out, width, BLOCK=1024, EARLY=early, launch_pdl=early, num_warps=4
@@ -126,7 +126,7 @@ def rope_and_store(
     heads = qkv.shape[1] // d - 2 * kv_heads
     q = torch.empty(n, heads, d, dtype=qkv.dtype, device=qkv.device)
     q_norm, k_norm = norms if norms is not None else (qkv, qkv)
-    early = launches_early(qkv.device)
+    early = launches_early(qkv.device, n)
     if n:
         _rope_and_store[(n, heads + 2 * kv_heads)](
             qkv, q_norm, k_norm, eps, cos, sin, slots, q, k_cache, v_cache,

@@ -11,11 +11,14 @@ import torch
 import triton
 
 _MEASURED = (9, 0)  # there a decode step of one sequence is 100 µs shorter for it, and one of 64 no longer
+_MAX_ROWS = 256  # beyond, programs that wait take the places of those that they wait for
 
 
-def launches_early(device: torch.device) -> bool:
-    """Whether kernels on this device are launched so."""
-    return device.type == "cuda" and not triton.knobs.runtime.interpret and _has_pdl(device)
+def launches_early(device: torch.device, num_rows: int) -> bool:
+    """Whether kernels over so many rows are launched so on this device."""
+    if device.type != "cuda" or num_rows > _MAX_ROWS or triton.knobs.runtime.interpret:
+        return False
+    return _has_pdl(device)
 
 
 @cache
