@@ -118,7 +118,8 @@ class EngineClient:
         cancelled). May be called again."""
         try:
             if self._process is not None and self._process.returncode is None:
-                self.send(Shutdown())
+                if self._is_reading:  # else the socket may be gone, by a call that was cancelled
+                    self.send(Shutdown())
                 await _end(self._process, patience)
         finally:
             self._release()

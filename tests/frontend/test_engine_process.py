@@ -154,3 +154,21 @@ def test_backoff_doubles_up_to_its_bound_and_forgets() -> None:
         waits.append(backoff.after(waits[-1], 10.0))
     assert waits == [1.0, 2.0, 4.0, 5.0, 5.0]
     assert backoff.after(5.0, 61.0) == 1.0
+
+
+def test_a_stop_that_is_cancelled_may_be_asked_for_again(tmp_path: Path) -> None:
+    """As by a second signal, while the engine takes its time."""
+
+    async def test() -> None:
+        async with started(tmp_path) as (frontend, recorder):
+            pid = engine_pid(recorder)
+            psutil.Process(pid).suspend()
+            stopping = asyncio.create_task(frontend.stop(60.0))
+            for _ in range(20):  # it has asked the engine to end
+                await asyncio.sleep(0)
+            stopping.cancel()
+            await asyncio.wait((stopping,))
+            await frontend.stop(0.0)
+            assert not psutil.pid_exists(pid)
+
+    run(test())
