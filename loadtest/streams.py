@@ -94,6 +94,13 @@ class Client:
         record.ended = self._clock()
         return record
 
+    def load(self, adapter: str) -> None:
+        """Have an adapter in memory before it is asked for. Raises LoadTestFailed."""
+        try:
+            self._adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=adapter), timeout=CALL_SECONDS)
+        except grpc.RpcError as error:
+            raise LoadTestFailed(f"{adapter} cannot be loaded: {code_of(error)} {reason_of(error)}") from error
+
     def close(self) -> None:
         self._channel.close()
 
