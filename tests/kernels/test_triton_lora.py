@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the package triton is in the dev group")
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, Ranges, count_blocks
 from server.kernels.reference import lora as reference
-from server.kernels.triton import lora
+from server.kernels.triton import layer, lora
 from server.kernels.triton.plans import (
     AnyPlan,
     DecodePlan,
@@ -27,6 +27,7 @@ from server.kernels.triton.plans import (
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+LAST_PLACE = 2**-7  # of bfloat16: kernels may contract products and sums otherwise
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "some base")
 MAX_RANK = 64
 # Small tiles, so that small shapes have several splits, tiles and slices with tails.
@@ -35,7 +36,8 @@ SMALL = LoraPlan(
     ExpandPlan(block_n=32, block_r=16, num_warps=4, num_stages=2),
 )
 
-SMALL_DECODE = DecodePlan(block_k=16, shrink_warps=4, block_n=32, expand_warps=4, dot_n=16)
+SMALL_DECODE = DecodePlan(block_k=16, shrink_warps=4, block_n=64, expand_warps=4, dot_n=32, programs=7)
+MANY_PROGRAMS = replace(SMALL_DECODE, block_n=64, programs=2000)
 PLANS = pytest.mark.parametrize("plan", [SMALL, SMALL_DECODE], ids=["prefill", "decode"])
 
 
@@ -221,6 +223,37 @@ def test_rows_of_a_larger_buffer_and_unused_room_in_the_tables(plan: AnyPlan, sp
     assert torch.equal(wide_y[:, 56:], before[:, 56:])
 
 
+@pytest.mark.parametrize("plan", [SMALL, SMALL_DECODE, MANY_PROGRAMS], ids=["prefill", "decode", "many programs"])
+@pytest.mark.parametrize("popularity", [*POPULARITY, "base"])
+def test_what_follows_the_product_may_be_fused_into_it(plan: AnyPlan, popularity: str) -> None:
+    """As one after the other, to the last place, with adapters of a rank above a tile and tokens without any."""
+    generator = torch.Generator(DEVICE).manual_seed(6)
+    ranks, n, d = (8, 17, 3), 21, 8
+    owner = choose(popularity, n, 3, random.Random(3)) if popularity != "base" else [None] * n
+
+    def tensor(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=DEVICE).bfloat16()
+
+    x = tensor(n, 40)
+    for product in (Product(40, (48, 48)), Product(40, (48, 16, 16))):
+        pool = make_pool(product, ranks, torch.bfloat16, generator)
+        blocks = make_blocks((1,) * n, owner, pool, 16)
+        scratch = make_scratch(blocks, product, plan)
+        y = tensor(n, sum(product.widths))
+        added = y.clone()
+        lora.lora_add(added, x, pool.a, pool.b, blocks, product.widths, scratch, plan)
+        if len(product.widths) == 2:
+            got = lora.lora_add_silu_mul(y, x, pool.a, pool.b, blocks, scratch, plan)
+            torch.testing.assert_close(got, layer.silu_mul(added), rtol=LAST_PLACE, atol=1e-6)
+            continue
+        slots = torch.randperm(40, generator=generator, device=DEVICE)[:n]
+        table = (tensor(n, 1, d), tensor(n, 1, d), slots)
+        caches = [(tensor(40, 2, d).zero_(), tensor(40, 2, d).zero_()) for _ in range(2)]
+        got = lora.lora_add_rope_and_store(y, x, pool.a, pool.b, blocks, scratch, None, 0.0, table, caches[0], plan)
+        want = layer.rope_and_store(added, None, 0.0, *table, *caches[1])
+        torch.testing.assert_close((got, *caches[0]), (want, *caches[1]), rtol=LAST_PLACE, atol=1e-6)
+
+
 def test_tables_group_tokens_by_adapter_in_blocks() -> None:
     shape = LoraBlocksShape(tokens=12, rows=8, blocks=5, block_tokens=4, max_rank=8)
     first, second = ((0, 4), (12, 13)), ((20, 22),)
@@ -233,9 +266,11 @@ def test_tables_group_tokens_by_adapter_in_blocks() -> None:
     assert blocks.rank[:4].tolist() == [5, 5, 2, 2]
     assert blocks.token_index[:10].tolist() == [0, 8, 9, 10, 11, 1, 2, 3, 4, 5]
     assert blocks.row_index[:7].tolist() == [0, 1, 2, 3, 12, 20, 21]
-    assert blocks.count.tolist() == [4]
+    assert blocks.token_index[10:].tolist() == [6, 7]
+    assert blocks.counts.tolist() == [4, 10]
     assert shape.fill(packed, [7], [None]) == 0
-    assert blocks.count.tolist() == [0]
+    assert blocks.counts.tolist() == [0, 0]
+    assert blocks.token_index.tolist() == list(range(12))
     assert blocks.length.tolist() == [0] * 5
 
 

@@ -54,14 +54,16 @@ RANK_TILE = 16  # rank rows that a decode's program has in flight at once
 class DecodePlan:
     """Both launches of a decode's product. The shrink's program takes one block of tokens, one slice and `block_k`
     input features, the expand's one block and `block_n` output columns of one slice; each asks for its weights at once.
-    Where several tokens share them, the expand goes `dot_n` columns at a time. `early`: each is launched before the one
-    ahead of it ends, reads its tables and weights and then waits for it (see `kernels.triton.pdl`)."""
+    Where several tokens share them, the expand goes `dot_n` columns at a time. At most `programs` share what there
+    is to do, which is as many as a GPU has room for at once. `early`: each is launched before the one ahead of it ends,
+    reads its tables and weights and then waits for it (see `kernels.triton.pdl`)."""
 
     block_k: int
     shrink_warps: int
     block_n: int
     expand_warps: int
     dot_n: int = 256
+    programs: int = 528
     early: bool = False
 
     def parts(self, in_features: int) -> int:
