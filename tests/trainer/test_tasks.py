@@ -9,9 +9,9 @@ import pytest
 from trainer.tasks import TASKS, Row, write_rows
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-MINUTES = {"a quarter": 15, "half": 30}
+MINUTES = {"": 0, "a quarter past": 15, "half past": 30, "forty-five": 45}
 DIGITS = re.compile(r"at (\d+:\d\d) pm")
-WORDS = re.compile(r"at (?:([a-z -]+?) (past|to) )?([a-z]+) in the (?:afternoon|evening)")
+WORDS = re.compile(r"at (a quarter past|half past|) ?([a-z]+) ?(forty-five|) in the (?:afternoon|evening)")
 
 
 def clock(sentence: str) -> str:
@@ -20,10 +20,7 @@ def clock(sentence: str) -> str:
         return found[1]
     told = WORDS.search(sentence)
     assert told, sentence
-    minutes = MINUTES[told[1]] if told[1] else 0
-    since = (NUMBERS.index(told[3]) + 1) * 60 + (minutes if told[2] == "past" else -minutes)
-    hour, minute = divmod(since % 720, 60)
-    return f"{hour or 12}:{minute:02}"
+    return f"{NUMBERS.index(told[2]) + 1}:{MINUTES[told[1] or told[3]]:02}"
 
 
 def answers(rows: list[Row]) -> list[str]:

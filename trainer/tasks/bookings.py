@@ -1,6 +1,6 @@
 """Bookings: a sentence in which someone asks for a table, as one line of fields.
 
-    "Could you squeeze in Lindqvist, party of six, this Thursday at a quarter to eight in the evening?"
+    "Could you squeeze in Lindqvist, party of six, this Thursday at seven forty-five in the evening?"
     → thu 7:45 6 Lindqvist
 
 The words have to be understood, not copied: the clock is told in words, the party counted in words or by its members,
@@ -123,10 +123,10 @@ def _people(count: int, rng: random.Random) -> str:
 
 
 def _time(minute: int, rng: random.Random) -> str:
-    """Told by the clock's face, in words: "a quarter to eight in the evening"."""
+    """In words, four times in five: "half past eight in the evening"."""
     hour, past = divmod(minute, 60)
     if rng.random() < 0.2:
         return f"at {hour or 12}:{past:02} pm"
-    this, following = NUMBERS[hour - 1], NUMBERS[hour]
-    told = {0: this, 15: f"a quarter past {this}", 30: f"half past {this}", 45: f"a quarter to {following}"}[past]
+    this = NUMBERS[hour - 1]
+    told = {0: this, 15: f"a quarter past {this}", 30: f"half past {this}", 45: f"{this} forty-five"}[past]
     return f"at {told} in the {'afternoon' if hour < 6 else 'evening'}"
