@@ -260,6 +260,21 @@ def test_counters_go_on_when_the_engine_begins_anew() -> None:
     assert value(metrics, "engine_restarts_total") == 1
 
 
+def test_merges_and_the_ways_of_serving_are_counted_over_all_engines() -> None:
+    metrics = Metrics()
+    metrics.engine_stats(stats(merges=2, unmerges=1, served={"merged": 5, "unmerged": 1}, merge_held_bytes=64), {})
+    metrics.engine_restarted()
+    merged = [ResidentAdapter("sha256:a", "device", 8, 0, merged=True), ResidentAdapter("sha256:b", "device", 8, 0)]
+    names = {"sha256:a": "pirate", "sha256:b": "json"}
+    metrics.engine_stats(stats(merges=1, served={"merged": 2}, merge_held_bytes=32, adapters=merged), names)
+    assert (value(metrics, "merges_total"), value(metrics, "unmerges_total")) == (3, 1)
+    ways = [value(metrics, "served_total", serving=way) for way in ("merged", "unmerged", "compensated")]
+    assert ways == [7, 1, 0]
+    assert value(metrics, "adapter_merged", adapter="pirate") == 1
+    assert labels_of(metrics, "adapter_merged", "adapter") == {"pirate"}
+    assert value(metrics, "merge_held_bytes") == 32
+
+
 def test_each_load_is_timed_by_its_way() -> None:
     metrics = Metrics()
     times = [AdapterLoad("disk", "host", 0.2), AdapterLoad("disk", "host", 0.7), AdapterLoad("host", "device", 0.002)]

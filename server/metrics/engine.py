@@ -34,6 +34,8 @@ class EngineCounters:
             "preemptions": counter("preemptions", "Sequences put back to wait because KV pages ran out."),
             "prefix_hit_tokens": counter("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."),
             "prefix_query_tokens": counter("prefix_cache_query_tokens", "Prompt tokens sought in the prefix cache."),
+            "merges": counter("merges", "Times an adapter was merged into the base's weights."),
+            "unmerges": counter("unmerges", "Times the base was given its own weights back."),
         }
         by_tier = {
             "adapter_loads": counter("adapter_loads", "Adapters loaded into a tier of memory.", "tier"),
