@@ -14,6 +14,7 @@ from adapters.errors import LorikeetError
 from trainer.commands.check import check
 from trainer.commands.compare import compare, report
 from trainer.commands.display import note
+from trainer.commands.estimate import estimate
 from trainer.commands.fit import fit, resume
 from trainer.commands.preview import preview
 from trainer.commands.publish import evaluate, publish
@@ -25,7 +26,7 @@ EPILOG = (
     "Exit codes: 0 done, 1 failure, 2 wrong usage, settings or data, 4 refused (base or adapter does not fit, or "
     "training failed), 5 no room on the disk, 6 store not reachable, 130 interrupted."
 )
-COMMANDS = (fit, resume, preview, publish, evaluate, check, compare, sweep, report)
+COMMANDS = (fit, resume, estimate, preview, publish, evaluate, check, compare, sweep, report)
 
 
 def _root() -> None:

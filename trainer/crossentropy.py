@@ -86,9 +86,12 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float, softcap: f
         logits = torch.tanh_(logits.div_(softcap)).mul_(softcap)
         slope = 1 - (logits / softcap) ** 2
     index = targets.unsqueeze(1)  # [tokens, 1]
-    log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)
-    loss = (log_sum - logits.gather(1, index)).sum()
-    gradient = logits.sub_(log_sum).exp_()
+    said = logits.gather(1, index)
+    largest = logits.amax(dim=-1, keepdim=True)
+    shares = logits.sub_(largest).exp_()  # in place throughout: one chunk of logits is all there is
+    total = shares.sum(dim=-1, keepdim=True)
+    loss = (total.log() + largest - said).sum()
+    gradient = shares.div_(total)
     gradient.scatter_add_(1, index, gradient.new_full((), -1.0).expand_as(index))
     if softcap is not None:
         gradient *= slope

@@ -13,6 +13,7 @@ from adapters.manifest import TrainingInfo
 from trainer.checkpoints import Checkpoint
 from trainer.errors import RunError
 from trainer.loop import Evaluation, Interrupted, Loop, Progress, Result, Step
+from trainer.memory import checkpoint_layers
 from trainer.methods import METHODS
 from trainer.methods import adapter as adapters
 from trainer.optim import optimizer_state, restore_optimizer
@@ -104,6 +105,8 @@ def _train(
     torch.manual_seed(settings.seed)
     causal_lm = load_base(settings, prepared) if base_model is None else base_model
     model = _add_adapter(causal_lm, settings, prepared, run, checkpoint)
+    if prepared.checkpointing:
+        checkpoint_layers(causal_lm)
     progress = Progress.from_json(checkpoint.state["progress"]) if checkpoint else None
     loop = Loop(
         causal_lm, settings, pad_id=prepared.pad_id, device=prepared.device, dtype=prepared.dtype, progress=progress

@@ -17,6 +17,7 @@ from trainer.data import FORMS, load_rows, open_source, require_data
 from trainer.devices import choose_attention, choose_device, choose_dtype, dtype_name
 from trainer.encoding import Counts, Encoder, Example
 from trainer.errors import DataError, SettingsError
+from trainer.memory import available_memory, needs_checkpointing
 from trainer.settings import Settings
 
 Note = Callable[[str], None]
@@ -51,6 +52,8 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     attention: str
+    longest: int
+    checkpointing: bool
 
     @property
     def pad_id(self) -> int:
@@ -88,8 +91,23 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Pre
         num_steps = feed.num_steps(examples) * settings.epochs
         num_steps = min(num_steps, settings.max_steps or num_steps)
     attention = choose_attention(longest, device)
+    checkpointing = needs_checkpointing(base.path, settings, config, longest, dtype, device, available_memory(device))
+    if checkpointing and settings.gradient_checkpointing == "auto":
+        note("gradient checkpointing is on: a step would not fit into the memory without it")
     return Prepared(
-        base, tokenizer, encoder, examples, eval_examples, counts, feed, num_steps, device, dtype, attention
+        base=base,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        examples=examples,
+        eval_examples=eval_examples,
+        counts=counts,
+        feed=feed,
+        num_steps=num_steps,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        longest=longest,
+        checkpointing=checkpointing,
     )
 
 

@@ -48,6 +48,7 @@ def answer(base: Path, adapter: Path | None, question: str) -> str:
         {"init": "pissa"},
         {"packing": True, "max_length": 96, "batch_size": 1},
         {"dtype": "bfloat16"},
+        {"gradient_checkpointing": "on"},
     ],
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()) or "lora",
 )

@@ -1,0 +1,109 @@
+"""Time training steps on packed random tokens: rank 16, every linear layer; the keys and the rows are those of the
+script that times TRL beside it.
+
+    python -m benchmarks.train --model DIR --method qlora --batch 2 --length 2048 --checkpointing
+
+No tokenizer and no data are needed: rows are token ids. Prints one JSON line: milliseconds a step, tokens a second,
+peak GiB (on a GPU torch's, else the process's).
+"""
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.batches import Feed
+from trainer.devices import choose_device
+from trainer.encoding import Example
+from trainer.loop import Alone, Evaluation, Loop, Progress, Step
+from trainer.memory import checkpoint_layers
+from trainer.methods import METHODS
+from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
+from trainer.settings import Settings
+
+WARMUP = 4  # steps that are not counted
+ROWS = 64
+
+
+class Clock:
+    """Keeps when each step ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def stepped(self, step: Step) -> None:
+        if self._is_cuda:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        self.losses.append(step.loss)
+
+    def evaluated(self, evaluation: Evaluation) -> None: ...
+
+    def save(self, progress: Progress) -> None: ...
+
+    def save_best(self, progress: Progress) -> None: ...
+
+    def note(self, message: str) -> None:
+        print(message, flush=True)
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--method", choices=["lora", "qlora", "full"], default="lora")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--vocab", type=int, default=40000)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--attention", default="sdpa")
+    options = parser.parse_args()
+    device, dtype = choose_device(options.device), getattr(torch, options.dtype)
+    settings = Settings(
+        method=options.method, rank=16, alpha=32.0, batch_size=options.batch, learning_rate=1e-4, schedule="linear"
+    )
+    torch.manual_seed(0)
+    lm: Any = METHODS[options.method].load_base(options.model, settings, dtype, device, options.attention)
+    if options.method != "full":
+        add_adapter(lm, settings, choose_targets(linear_layers(lm), settings.target_modules))
+    if options.checkpointing:
+        checkpoint_layers(lm)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1000, options.vocab, (options.length,), generator=generator).tolist() for _ in range(ROWS)]
+    examples = [Example.of(ids, [True] * len(ids)) for ids in rows]
+    feed = Feed(lambda first: [examples][first:], batch_size=options.batch, pack_to=None, seed=0)
+    clock = Clock(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loop = Loop(lm, settings, pad_id=0, device=device, dtype=dtype, group=Alone())
+    loop.run(feed, options.steps, [], clock)
+    step = (clock.times[-1] - clock.times[WARMUP - 1]) / (len(clock.times) - WARMUP)
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    outcome = {
+        "method": options.method,
+        "batch": options.batch,
+        "length": options.length,
+        "checkpointing": options.checkpointing,
+        "step_ms": round(step * 1e3),
+        "tok_s": round(options.batch * options.length / step),
+        "peak_gib": round(peak / 2**30, 1),
+        "loss": round(clock.losses[-1], 4),
+    }
+    print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    main()
