@@ -266,13 +266,14 @@ class AdapterLoad(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
-    """A snapshot, sent about twice a second while anything changes. `memory` is bytes by kind
-    (weights, adapters, kv, workspace) of the engine's device; the counters only ever grow.
+    """A snapshot, sent about twice a second while anything changes. `memory` is bytes of the engine's device by kind
+    (weights, adapters, kv; on a GPU also workspace and runtime); the counters only ever grow.
 
     Dicts of adapters are by tier ("host", "device"), but `adapter_load_failures`, by the error's reason, and
-    `waiting_by_adapter`: sequences by digest, without the base's. `adapter_load_times` are those since the last Stats. A hit of a tier is a request whose adapter was there
-    when it came; the adapter of a miss of the device may still be a hit of the host. `merge_held_bytes` is host memory
-    that keeps the base's own weights while an adapter is merged, `served` counts admitted sequences by Serving."""
+    `waiting_by_adapter`: sequences by digest, without the base's. `adapter_load_times` are those since the last Stats.
+    A hit of a tier is a request whose adapter was there when it came; the adapter of a miss of the device may still be
+    a hit of the host. `merge_held_bytes` is host memory that keeps the base's own weights while an adapter is merged,
+    `served` counts admitted sequences by Serving."""
 
     num_running: int
     num_waiting: int

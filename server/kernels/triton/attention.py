@@ -17,22 +17,21 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _LOG2_E = 1.4426950408889634
-
-
 RUN_FIELDS = 8  # int32 values that tell a run
-_MERGED = 16  # parts merged at a time
 
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
     """Keys are read `block_tokens` at a time. `early`: see `kernels.triton.pdl`; the first `prefetch` tiles are then
-    asked into the L2 cache while the kernel ahead still runs."""
+    asked into the L2 cache while the kernel ahead still runs. Parts are merged `merged` at a time: 16 take 157
+    registers, which leaves room for three programs of four warps a multiprocessor, 4 take 96, which leaves five."""
 
     block_tokens: int
     num_warps: int
     num_stages: int
     early: bool = False
     prefetch: int = 0
+    merged: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ def paged_decode(
     _decode_kernel[(kv_heads, len(tables.runs))](
         q, k_cache, v_cache, out, tables.pages, tables.runs,
         scratch.parts, scratch.log_sums, scratch.arrived, scale * _LOG2_E,
-        KV_HEADS=kv_heads, GROUP=group, D=d, PAGE=page_size, RUN=RUN_FIELDS, MERGED=_MERGED,
+        KV_HEADS=kv_heads, GROUP=group, D=d, PAGE=page_size, RUN=RUN_FIELDS, MERGED=plan.merged,
         BLOCK_Q=max(16, triton.next_power_of_2(group)), MEMBERS=triton.next_power_of_2(group),
         BLOCK_D=max(16, triton.next_power_of_2(d)), BLOCK_T=plan.block_tokens,
         EARLY=plan.early, PREFETCH=plan.prefetch if plan.early else 0,

@@ -8,7 +8,7 @@ from server.kernels.triton.attention import DecodePlan
 # FlashInfer's, with runs cut on the device: 1 × 600 keys 7.1, 10.9; 1 × 4000 12.5, 14.4; 16 × 600 18.3, 21.7;
 # 64 × 600 47.5, 54.0; 64 mixed 53.6, 71.0.
 _HOPPER = (
-    (2, DecodePlan(32, 4, 2, early=True, prefetch=1)),
+    (2, DecodePlan(32, 4, 2, early=True, prefetch=1, merged=16)),
     (16, DecodePlan(64, 4, 2, early=True, prefetch=1)),
     (128, DecodePlan(64, 4, 2, early=True)),
 )
