@@ -11,6 +11,7 @@ loss.py           the loss on a batch; crossentropy.py without all logits at onc
 optim.py          the optimizer and its state; schedule.py the learning rate
 loop.py           the optimisation
 checkpoints.py    exact checkpoints; run_directory.py what a run leaves on disk
+memory.py         what a step takes, known beforehand; preview.py what is learned, to look at
 fit.py            one run from settings to a trained adapter
 served.py         the server's own forward pass in this process
 reference.py      the trainer's on the files that are shipped
