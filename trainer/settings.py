@@ -73,7 +73,6 @@ class Settings:
     weight_decay: float = option(0.0, "AdamW's weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.")
     gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "auto: when memory would not do without.")
-    compile: bool = option(False, "Compile the model with torch.compile.")
 
     eval_every: int | None = option(None, "Steps between evaluations [an epoch].")
     patience: int | None = option(None, "End after so many evaluations without a better loss.")

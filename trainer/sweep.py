@@ -31,7 +31,6 @@ ALONE: Mapping[str, tuple[Any, ...]] = {  # what a sweep does not do, and the va
     "checkpoint_every": (None,),
     "micro_batch": (None,),
     "gradient_checkpointing": ("auto", "off"),
-    "compile": (False,),
 }
 
 
