@@ -10,11 +10,12 @@ from torch import Tensor
 
 from server.kernels.cuda.four_bit import COUNTERS, GROUP, code_pairs, repack
 from server.kernels.cuda.linear import RepackedFourBit
-from server.kernels.cuda.plans import RowsPlan, choose
+from server.kernels.cuda.plans import RowsPlan, WarpgroupPlan, choose
 from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.reference.four_bit import CODES, code_table
 
 OUT, IN = 48, 512
+TABLE_BYTES = 256 * 32 * 4  # of a kernel's table of codes
 G, T = torch.arange(32) // 4, torch.arange(32) % 4  # of each lane
 
 
@@ -100,14 +101,29 @@ def test_plans_fit_the_kernels(rows, shape):
     out, features = shape
     plan = choose(rows, out, features)
     if plan is None:
-        assert rows > 64
+        assert rows > 256
         return
+    assert plan.early
     if isinstance(plan, RowsPlan):
-        height, width, most = plan.row_tiles * 8, plan.warps * plan.feature_tiles * 16, features // GROUP
+        height, width = plan.row_tiles * 8, plan.warps * plan.feature_tiles * 16
+        assert height % plan.warps == 0
+        assert 1 <= plan.splits <= features // GROUP
+        assert plan.splits == 1 or -(-rows // height) * -(-out // width) <= COUNTERS
     else:
-        height, width, most = plan.row_tiles * 128, plan.groups * plan.feature_tiles * 64, features // 64
-    assert 1 <= plan.splits <= most
-    assert plan.splits == 1 or -(-rows // height) * -(-out // width) <= COUNTERS
+        assert plan.columns in (2, 4)
+        assert plan.splits in (1, 2, 4, 8)
+        assert plan.splits * plan.columns * 64 <= features
+        height, width = plan.row_chunks * 64, plan.groups * plan.feature_tiles * 64
+        x, sums = 4 * plan.columns * height * 64, height * (width * 4 + 16)
+        shared = max(TABLE_BYTES + x, sums) + 2048  # 1024 to align, 1024 that CUDA takes
+        assert plan.resident * shared <= 228 * 1024, "so much has a multiprocessor"
+
+
+@pytest.mark.parametrize("shape", [*MEASURED, (3072, 1024)])
+def test_few_rows_are_one_kernels_and_many_the_others(shape):
+    assert all(isinstance(choose(rows, *shape), RowsPlan) for rows in range(1, 17))
+    assert all(isinstance(choose(rows, *shape), WarpgroupPlan) for rows in range(33, 257))
+    assert not any(choose(rows, *shape) for rows in (0, 385, 512, 4096))
 
 
 LAYERS = {"qkv": ((4096, 1024, 1024), 4096), "odd": ((48, 16, 16), 512), "down": ((4096,), 14336)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
-from server.kernels.cuda.plans import Plan, RowsPlan, TilesPlan, WarpgroupPlan
+from server.kernels.cuda.plans import Plan, RowsPlan, WarpgroupPlan
 from server.kernels.reference.four_bit import CODES
 
 BLOCK_SIZE = 64
@@ -70,8 +70,6 @@ def multiply(x: Tensor, weight: RepackedWeight, plan: Plan) -> Tensor:
     """x [n, in] of bfloat16 or float16 → x Wᵀ [n, out], accumulated in float32, by the kernel that the plan is for."""
     if isinstance(plan, RowsPlan):
         return four_bit_rows(x, weight, plan)
-    if isinstance(plan, TilesPlan):
-        return four_bit_tiles(x, weight, plan)
     return four_bit_warpgroup(x, weight, plan)
 
 
@@ -120,45 +118,6 @@ def four_bit_rows(x: Tensor, weight: RepackedWeight, plan: RowsPlan) -> Tensor:
     return y
 
 
-def tiles_macros(plan: TilesPlan, dtype: torch.dtype) -> dict[str, int]:
-    """What the source of `four_bit_tiles` is compiled with."""
-    names = {"MW": plan.feature_tiles, "NW": plan.row_tiles, "GROUPS": plan.groups}
-    return names | {"BF16": int(dtype is torch.bfloat16)}
-
-
-def _tiles_kernel(plan: TilesPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
-    shared = _TABLE_BYTES + 4 * plan.row_tiles * 128 * 128 + 1024
-    return _loaded("four_bit_tiles", tuple(tiles_macros(plan, dtype).items()), shared, device)
-
-
-@cache
-def _exact_pairs_on(quant_type: str, device: torch.device) -> Tensor:
-    """float32 [256, 2]: each byte's codes."""
-    codes, byte = torch.tensor(CODES[quant_type], dtype=torch.float32), torch.arange(256)
-    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1).to(device)
-
-
-_TILES_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2)
-
-
-def four_bit_tiles(x: Tensor, weight: RepackedWeight, plan: TilesPlan) -> Tensor:
-    """As `four_bit_rows`, with weights as `four_bit_dense` makes them."""
-    n, out = x.shape[0], weight.out_features
-    _check_rows(x, weight)
-    y = torch.empty(n, out, dtype=x.dtype, device=x.device)
-    width, rows = plan.groups * plan.feature_tiles * 64, plan.row_tiles * 128
-    grid = (-(-n // rows), -(-out // width), plan.splits)
-    blocks = grid[0] * grid[1]
-    assert plan.splits == 1 or blocks <= COUNTERS, "more blocks than counters"
-    partial = torch.empty(blocks * plan.splits * rows * width if plan.splits > 1 else 0, device=x.device)
-    pairs = _exact_pairs_on(weight.quant_type, x.device)
-    arguments = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals, n, out // 16)
-    kernel = _tiles_kernel(plan, x.dtype, x.device)
-    strides = (weight.in_features // 64, x.stride(0), out)
-    kernel.launch(grid, plan.groups * 128, (*arguments, *strides), _TILES_TYPES, plan.early)
-    return y
-
-
 def warpgroup_macros(plan: WarpgroupPlan, dtype: torch.dtype) -> dict[str, int]:
     """What the source of `four_bit_warpgroup` is compiled with."""
     names = {"MW": plan.feature_tiles, "NC": plan.row_chunks, "GROUPS": plan.groups, "KB": plan.columns}
@@ -189,6 +148,13 @@ def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -
     kernel = _warpgroup_kernel(plan, x.dtype, x.device)
     kernel.launch(grid, plan.groups * 128, (*arguments, x.stride(0), out, scale), _WARPGROUP_TYPES, plan.early)
     return y
+
+
+@cache
+def _exact_pairs_on(quant_type: str, device: torch.device) -> Tensor:
+    """float32 [256, 2]: each byte's codes."""
+    codes, byte = torch.tensor(CODES[quant_type], dtype=torch.float32), torch.arange(256)
+    return torch.stack([codes[byte >> 4], codes[byte & 15]], dim=1).to(device)
 
 
 def _dense_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:

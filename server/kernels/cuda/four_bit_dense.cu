@@ -6,7 +6,9 @@
 #define TABLE_BYTES (256 * 16 * 8)
 #define ROW_BYTES (128 + 16)  // of a tile in shared memory: the lanes' parts of 8 rows are in different banks
 
-// Grid: any; a warp takes every so many'th tile of 16 outputs by 64 inputs. codes, absmax, pairs as in four_bit_tiles.
+// Grid: any; a warp takes every so many'th tile of 16 outputs by 64 inputs. codes and absmax as in four_bit_warpgroup.
+//   pairs     [256], the two codes of a byte
+//   dense     [tiles * 16, columns * 64]
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
 four_bit_dense(const uint4* __restrict__ codes, const float* __restrict__ absmax, const float2* __restrict__ pairs,
                u16* __restrict__ dense, int tiles, int columns) {
