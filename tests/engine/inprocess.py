@@ -110,12 +110,12 @@ class Driver:
                 time.sleep(0.001)  # an adapter is on its way: leave the interpreter to the thread that reads it
         self.engine.check_integrity()
 
-    def call(self, message: Call, seconds: float = 60) -> CallDone:
+    def call(self, message: Call, seconds: float = 200) -> CallDone:
         """Step until the call is answered."""
         self.engine.handle(message)
         return self.answer(message.call_id, seconds)
 
-    def answer(self, call_id: str, seconds: float = 60) -> CallDone:
+    def answer(self, call_id: str, seconds: float = 200) -> CallDone:
         """Step until a call that was made is answered."""
         deadline = time.monotonic() + seconds
         while call_id not in self.inbox.calls:
