@@ -17,7 +17,7 @@ Key = tuple[str, int, int, int]
 
 # Decode: (features, warps) and (columns, warps, columns where tokens share weights).
 _DECODE_SHRINKS = ((256, 4), (512, 4), (512, 8), (1024, 8))
-_DECODE_EXPANDS = ((512, 2, 128), (512, 4, 256), (1024, 4, 256), (1024, 8, 256))
+_DECODE_EXPANDS = ((512, 2, 128), (512, 4, 256), (1024, 4, 128), (1024, 4, 256))
 # Prefill: (features a step, warps, stages) and (columns, warps).
 _PREFILL_SHRINKS = ((64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 2), (128, 8, 3))
 _PREFILL_SPLITS = (1, 2)

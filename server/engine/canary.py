@@ -164,7 +164,7 @@ def _alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
     return lambda path: next((alpha for matches, alpha in patterns if matches(path)), default)
 
 
-class _Both(LowRankTerm):
+class _Both:
     """The low-rank terms of the two halves of a batch of 2 · n tokens: from the pool, and by reference."""
 
     def __init__(self, n: int, pool: AdapterPool, served: LowRankTerm, reference: Reference, pace: Pace) -> None:

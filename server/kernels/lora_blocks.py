@@ -20,8 +20,7 @@ class LoraBlocks:
     """Block i is tokens token_index[start[i] : start[i] + length[i]], at most `block_tokens`, all of one adapter,
     whose pool rows are row_index[first_row[i] : first_row[i] + rank[i]]. A block of length 0 does nothing.
 
-    A token is in one block or, if it has no adapter, in none; such tokens follow those of the blocks in token_index, up
-    to its end. Ranks are at most `max_rank`.
+    A token is in one block or, if it has no adapter, in none. Ranks are at most `max_rank`.
     """
 
     token_index: Tensor  # [tokens] int32
@@ -30,7 +29,7 @@ class LoraBlocks:
     first_row: Tensor
     rank: Tensor
     row_index: Tensor  # [rows] int32
-    counts: Tensor  # [2] int32: how many blocks come before the first of length 0, and how many tokens they have
+    count: Tensor  # [1] int32: how many blocks come before the first of length 0
     block_tokens: int
     num_blocks: int
     max_rank: int
@@ -49,13 +48,13 @@ class LoraBlocksShape:
     @property
     def size(self) -> int:
         """Of the packed buffer, in int32 words."""
-        return 4 * self.blocks + self.tokens + self.rows + 2
+        return 4 * self.blocks + self.tokens + self.rows + 1
 
     def view(self, packed: Tensor) -> LoraBlocks:
         """The tables in `packed` [size] int32, on any device, without a copy."""
         assert packed.shape == (self.size,), f"{tuple(packed.shape)} words for tables of {self.size}"
-        start, length, first_row, rank, token_index, row_index, counts = packed.split(
-            [self.blocks] * 4 + [self.tokens, self.rows, 2]
+        start, length, first_row, rank, token_index, row_index, count = packed.split(
+            [self.blocks] * 4 + [self.tokens, self.rows, 1]
         )
         return LoraBlocks(
             token_index,
@@ -64,7 +63,7 @@ class LoraBlocksShape:
             first_row,
             rank,
             row_index,
-            counts,
+            count,
             block_tokens=self.block_tokens,
             num_blocks=self.blocks,
             max_rank=self.max_rank,
@@ -74,17 +73,16 @@ class LoraBlocksShape:
         """Write the tables of a batch into `packed` [size] and return how many blocks they take.
 
         The batch is `lengths[i]` tokens, one span after another, with the adapter that owns the pool rows `rows[i]`;
-        None is the base, as are tokens that the tables have room for beyond those. Blocks not taken get length 0.
+        None is the base. Blocks not taken get length 0.
         """
         assert packed.shape == (self.size,), f"{packed.shape} words for tables of {self.size}"
         groups: dict[Ranges, list[tuple[int, int]]] = {}
-        base: list[tuple[int, int]] = []
         first = 0
         for length, ranges in zip(lengths, rows, strict=True):
-            (base if ranges is None else groups.setdefault(ranges, [])).append((first, length))
+            if ranges is not None:
+                groups.setdefault(ranges, []).append((first, length))
             first += length
-        base.append((first, self.tokens - first))
-        token_index, row_index = np.split(packed[4 * self.blocks : -2], [self.tokens])
+        token_index, row_index = np.split(packed[4 * self.blocks : -1], [self.tokens])
         table: list[tuple[int, int, int, int]] = []
         pool_rows: list[int] = []
         num_tokens = 0
@@ -98,7 +96,6 @@ class LoraBlocksShape:
             num_tokens = _write_tokens(token_index, begin, pieces)
             for start in range(begin, num_tokens, self.block_tokens):
                 table.append((start, min(self.block_tokens, num_tokens - start), first_row, rank))
-        _write_tokens(token_index, num_tokens, base)
         assert len(pool_rows) <= self.rows, f"{len(pool_rows)} rank rows in tables for {self.rows}"
         row_index[: len(pool_rows)] = pool_rows
         assert len(table) <= self.blocks, f"{len(table)} blocks in tables for {self.blocks}"
@@ -106,7 +103,7 @@ class LoraBlocksShape:
         columns[1] = 0
         if table:
             columns[:, : len(table)] = np.array(table, dtype=np.int32).T
-        packed[-2:] = len(table), num_tokens
+        packed[-1] = len(table)
         return len(table)
 
 

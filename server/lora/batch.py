@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from server.kernels import RowRun, lora_decode, lora_segment, rope_and_store, silu_mul
+from server.kernels import RowRun, lora_decode, lora_segment
 from server.lora.pool import AdapterPool, Ranges
 
 # A run of tokens × rank rows up to this size is cheaper as one masked product than adapter by adapter.
@@ -26,34 +26,12 @@ class TokenSpan(NamedTuple):
         return sum(stop - start for start, stop in self.rows or ())
 
 
-class Rope(NamedTuple):
-    """What `rope_and_store` needs besides q/k/v, in its order."""
-
-    norms: tuple[Tensor, Tensor] | None
-    eps: float
-    cos: Tensor
-    sin: Tensor
-    slots: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-
-
 class LowRankTerm(Protocol):
-    """What the adapters of a batch add to its linear layers, before what follows those."""
+    """What the adapters of a batch add to its linear layers."""
 
     def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
         """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
         ...
-
-    def add_silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
-        """`silu_mul` of gate_up y with its term added, which y may hold after this."""
-        self.add(y, x, "gate_up", layer)
-        return silu_mul(y)
-
-    def add_rope_and_store(self, y: Tensor, x: Tensor, layer: int, rope: Rope) -> Tensor:
-        """`rope_and_store` of qkv y with its term added, which y may hold after this."""
-        self.add(y, x, "qkv", layer)
-        return rope_and_store(y, *rope)
 
 
 class _Segment(NamedTuple):
@@ -63,7 +41,7 @@ class _Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LoraBatch(LowRankTerm):
+class LoraBatch:
     """The low-rank term of one step: tokens [0, mixed) by masked products over row runs, the rest by segments."""
 
     pool: AdapterPool

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, count_blocks
-from server.kernels.triton.lora import lora_add, lora_add_rope_and_store, lora_add_silu_mul
+from server.kernels.triton.lora import lora_add
 from server.kernels.triton.plans import DECODE_BLOCK, lora_plans, lora_scratch_size
-from server.lora.batch import LowRankTerm, Rope, TokenSpan
+from server.lora.batch import TokenSpan
 from server.lora.pool import AdapterPool
 
 PREFILL_BLOCK = 64
@@ -17,7 +17,7 @@ GRAPH_MAX_RANK = 64  # decodes with an adapter of a larger rank run outside the 
 
 
 @dataclass(frozen=True, slots=True)
-class GpuLoraBatch(LowRankTerm):
+class GpuLoraBatch:
     """The term of one step; `blocks` are on the pool's device, `scratch` is float32 there."""
 
     pool: AdapterPool
@@ -26,22 +26,9 @@ class GpuLoraBatch(LowRankTerm):
 
     def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
         """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
-        a, b = self._weights(group, layer)
-        lora_add(y, x, a, b, self.blocks, self.pool.groups[group].group.widths, self.scratch)
-
-    def add_silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
-        """In a decode, one launch for the sum and what follows."""
-        return lora_add_silu_mul(y, x, *self._weights("gate_up", layer), self.blocks, self.scratch)
-
-    def add_rope_and_store(self, y: Tensor, x: Tensor, layer: int, rope: Rope) -> Tensor:
-        """In a decode, one launch for the sum and what follows."""
-        a, b = self._weights("qkv", layer)
-        table, cache = (rope.cos, rope.sin, rope.slots), (rope.k_cache, rope.v_cache)
-        return lora_add_rope_and_store(y, x, a, b, self.blocks, self.scratch, rope.norms, rope.eps, table, cache)
-
-    def _weights(self, group: str, layer: int) -> tuple[Tensor, list[Tensor]]:
         pool = self.pool.groups[group]
-        return pool.a[layer], [weight[layer] for weight in pool.b]
+        b = [weight[layer] for weight in pool.b]
+        lora_add(y, x, pool.a[layer], b, self.blocks, pool.group.widths, self.scratch)
 
 
 def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLoraBatch | None:
@@ -67,8 +54,7 @@ def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLo
 
 
 def warm_up(pool: AdapterPool) -> None:
-    """Launch once, on no tokens, every low-rank kernel that a step outside the graphs can need: none is compiled while
-    requests wait. Fused forms are compiled with the graphs."""
+    """Launch once, on no tokens, every low-rank kernel that a step can need: none is compiled while requests wait."""
     device = _device(pool)
     for entry in pool.groups.values():
         in_features, widths = entry.group.in_features, entry.group.widths

@@ -14,8 +14,9 @@ from server.kernels import (
     rms_norm,
     rope_and_store,
     rope_table,
+    silu_mul,
 )
-from server.lora.batch import LowRankTerm, Rope
+from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
 from server.model.kv_cache import KVCache
 
@@ -89,10 +90,9 @@ class Transformer:
     def _attend(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache
     ) -> Tensor:
+        qkv = _linear(layer.qkv, x, batch.lora, "qkv", index)
         k_cache, v_cache = cache.k[index], cache.v[index]
-        rope = Rope(layer.qk_norms, self.spec.rms_eps, cos, sin, batch.slots, k_cache, v_cache)
-        qkv = layer.qkv(x)
-        q = rope_and_store(qkv, *rope) if batch.lora is None else batch.lora.add_rope_and_store(qkv, x, index, rope)
+        q = rope_and_store(qkv, layer.qk_norms, self.spec.rms_eps, cos, sin, batch.slots, k_cache, v_cache)
         attended = batch.attention.run(q, k_cache, v_cache)
         return _linear(layer.o, attended.flatten(1), batch.lora, "o", index)
 
@@ -108,7 +108,7 @@ def _gate(gate_up: Linear, x: Tensor, lora: LowRankTerm | None, layer: int) -> T
     """silu(gate) · up [n, i]; adapters add to gate and up, so they need those by themselves."""
     if lora is None:
         return linear_silu_mul(gate_up, x)
-    return lora.add_silu_mul(gate_up(x), x, layer)
+    return silu_mul(_linear(gate_up, x, lora, "gate_up", layer))
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

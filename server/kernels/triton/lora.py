@@ -16,15 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks
-from server.kernels.triton.layer import rope_and_store, silu_mul
-from server.kernels.triton.lora_decode import (
-    MAX_SLICES,
-    can_rope,
-    decode_expand,
-    decode_expand_rope,
-    decode_expand_silu_mul,
-    decode_shrink,
-)
+from server.kernels.triton.lora_decode import MAX_SLICES, decode_expand, decode_shrink
 from server.kernels.triton.plans import AnyPlan, DecodePlan, lora_plan
 
 # Not by alignment or value: the tables' places in their buffer change with the batch, and each variant is a
@@ -58,56 +50,6 @@ def lora_add(
     plan = plan or lora_plan(x.shape[1], widths, blocks.num_blocks, blocks.block_tokens, x.device)
     lora_shrink(x, a, blocks, scratch, plan)
     lora_expand(y, b, blocks, x.shape[1], scratch, plan)
-
-
-def lora_add_silu_mul(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Sequence[Tensor],
-    blocks: LoraBlocks,
-    scratch: Tensor,
-    plan: AnyPlan | None = None,
-) -> Tensor:
-    """silu(gate) · up [n, i] of gate and up y [n, 2·i] with their low-rank term added, which y may hold after this.
-
-    As `lora_add`, but the tables must be for n tokens.
-    """
-    widths = [weight.shape[1] for weight in b]
-    plan = plan or lora_plan(x.shape[1], widths, blocks.num_blocks, blocks.block_tokens, x.device)
-    lora_shrink(x, a, blocks, scratch, plan)
-    if isinstance(plan, DecodePlan):
-        _check_expand(y, b)
-        return decode_expand_silu_mul(y, b, blocks, x.shape[1], scratch, plan)
-    lora_expand(y, b, blocks, x.shape[1], scratch, plan)
-    return silu_mul(y)
-
-
-def lora_add_rope_and_store(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Sequence[Tensor],
-    blocks: LoraBlocks,
-    scratch: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
-    eps: float,
-    table: tuple[Tensor, Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
-    plan: AnyPlan | None = None,
-) -> Tensor:
-    """`rope_and_store` of y, q/k/v [n, (heads + 2 kv_heads)·d], with its low-rank term added, which y may hold after.
-
-    As `lora_add`, but the tables must be for n tokens. `table` is cos, sin and slots, `cache` K and V of the layer.
-    """
-    widths = [weight.shape[1] for weight in b]
-    plan = plan or lora_plan(x.shape[1], widths, blocks.num_blocks, blocks.block_tokens, x.device)
-    lora_shrink(x, a, blocks, scratch, plan)
-    if isinstance(plan, DecodePlan) and norms is None and can_rope(plan, head_dim=cache[0].shape[2]):
-        _check_expand(y, b)
-        return decode_expand_rope(y, b, blocks, x.shape[1], scratch, plan, table, cache)
-    lora_expand(y, b, blocks, x.shape[1], scratch, plan)
-    return rope_and_store(y, norms, eps, *table, *cache)
 
 
 def lora_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, plan: AnyPlan) -> None:
@@ -146,7 +88,9 @@ def lora_expand(
     y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, in_features: int, scratch: Tensor, plan: AnyPlan
 ) -> None:
     """y += B h, with h the sum of the parts in scratch, which the shrink made of `in_features`."""
-    _check_expand(y, b)
+    assert len(b) <= MAX_SLICES, f"{len(b)} slices"
+    assert all(weight.is_contiguous() and weight.dtype == y.dtype for weight in b), "b must be contiguous, of y's dtype"
+    assert y.stride(1) == 1, "y must be contiguous along its features"
     if isinstance(plan, DecodePlan):
         decode_expand(y, b, blocks, in_features, scratch, plan)
         return
@@ -174,12 +118,6 @@ def lora_expand(
         num_warps=expand.num_warps,
         num_stages=expand.num_stages,
     )
-
-
-def _check_expand(y: Tensor, b: Sequence[Tensor]) -> None:
-    assert len(b) <= MAX_SLICES, f"{len(b)} slices"
-    assert all(weight.is_contiguous() and weight.dtype == y.dtype for weight in b), "b must be contiguous, of y's dtype"
-    assert y.stride(1) == 1, "y must be contiguous along its features"
 
 
 def _tables(blocks: LoraBlocks) -> tuple[Tensor, ...]:

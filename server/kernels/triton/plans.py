@@ -78,13 +78,13 @@ DECODE_BLOCK = 16  # tokens, at most, of a decode's block
 # output columns up to, blocks from) → plan.
 _HOPPER: Mapping[tuple[str, int, int, int], AnyPlan] = {
     ("decode", 4096, 8192, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
-    ("decode", 4096, 8192, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
+    ("decode", 4096, 8192, 2): DecodePlan(512, 4, 1024, 4, 128, early=True),
     ("decode", 4096, 4096, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
-    ("decode", 4096, 4096, 2): DecodePlan(256, 4, 1024, 4, 256, early=True),
+    ("decode", 4096, 4096, 2): DecodePlan(256, 4, 1024, 4, 128, early=True),
     ("decode", 4096, 32768, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
-    ("decode", 4096, 32768, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
+    ("decode", 4096, 32768, 2): DecodePlan(512, 4, 1024, 4, 128, early=True),
     ("decode", 16384, 4096, 0): DecodePlan(256, 4, 512, 2, 128, early=True),
-    ("decode", 16384, 4096, 2): DecodePlan(512, 4, 1024, 4, 256, early=True),
+    ("decode", 16384, 4096, 2): DecodePlan(512, 4, 1024, 4, 128, early=True),
 }
 _HOPPER_CAPABILITY = (9, 0)
 _DECODE_BLOCKS_FROM = (2, 0)
