@@ -173,8 +173,8 @@ class Loop:
         self._dtype = dtype
         self._group = group or Alone()
         self._loss = CausalLoss(causal_lm)
-        if settings.packing and not self._loss.takes_positions:
-            raise TrainingError("packing needs a model that takes position_ids, and this base does not; leave it out")
+        if settings.packing:
+            self._loss.require_positions()
         self.named = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.named, settings)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]

@@ -30,6 +30,11 @@ class CausalLoss:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self.takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
 
+    def require_positions(self) -> None:
+        """Raises TrainingError for a model that cannot tell packed rows apart."""
+        if not self.takes_positions:
+            raise TrainingError("packing needs a model that takes position_ids, and this base does not; leave it out")
+
     def __call__(self, batch: Batch) -> Tensor:
         """The sum over the batch's targets of their negative log-likelihood in nats, fp32."""
         return self.at(self.hidden(batch.ids, batch.position_ids), batch.places, batch.targets)

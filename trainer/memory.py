@@ -18,6 +18,7 @@ from trainer.batches import Batch
 from trainer.devices import choose_attention
 from trainer.loss import CausalLoss
 from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
+from trainer.methods.base import known_attention
 from trainer.optim import choose_optimizer
 from trainer.settings import Settings
 
@@ -128,6 +129,8 @@ def _count(
     ):
         batch = fake_batch(rows, length, learned, packed=settings.packing)
         loss = CausalLoss(lm)
+        if settings.packing:
+            loss.require_positions()
         hidden = loss.hidden(batch.ids, batch.position_ids)
         body_held = live.now
         live.peak = live.now
@@ -148,9 +151,10 @@ def _count(
 
 def meta_model(path: Path, settings: Settings, dtype: torch.dtype, attention: str) -> Any:
     """The model that a run would train, without contents."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
+    attention = known_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
     weights = torch.float32 if settings.method == "full" else dtype
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation=attention)  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lorikeet.v1 import adapter_pb2
 from server.engine.messages import Ready, Stats
 from server.metrics import Metrics, MetricsPage
 from server.metrics.gpus import GpuMemory
@@ -90,6 +91,9 @@ def play(server: ServerProcess, directory: Path) -> None:
     assert set(found["failures"]) <= {"RESOURCE_EXHAUSTED SERVER_BUSY"}, found["failures"]
     client = Client(server.port)
     client.refused(generation([5], "nobody"))
+    # A load that adds to series which were scraped before: the rate of those that begin with their count is 0.
+    client.adapters.UnloadAdapter(adapter_pb2.UnloadAdapterRequest(adapter_id="rank-4"), timeout=60)
+    client.adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id="rank-4"), timeout=60)
     client.close()
 
 

@@ -1,5 +1,7 @@
 """The status page of a live server, in a browser."""
 
+import re
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +26,15 @@ def used(start_server: StartServer) -> ServerProcess:
         client.generate(generation([5, 6, 7], adapter, 40))
     client.close()
     eventually(lambda: server.metrics().get("lorikeet_adapters_loaded", 0) >= 2, "the engine has told of both")
+    eventually(lambda: num_points(server) >= 3, "there is a line to draw")
     return server
+
+
+def num_points(server: ServerProcess) -> int:
+    """Of the first line on the page."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/", timeout=30) as page:
+        found = re.search(r'<polyline points="([^"]*)"', page.read().decode())
+    return len(found[1].split()) if found is not None else 0
 
 
 @pytest.fixture(scope="module")

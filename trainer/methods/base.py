@@ -22,6 +22,11 @@ class Method(Protocol):
         ...
 
 
+def known_attention(kind: Any, attention: str) -> str:
+    """`attention`, or plain attention for a class of model that has no other."""
+    return attention if getattr(kind, "_supports_sdpa", False) else "eager"
+
+
 def load_causal_lm(path: Path, attention: str, **options: Any) -> Any:
     """transformers' AutoModelForCausalLM; plain attention where a model has no other. Raises SettingsError for what
     that does not know."""
@@ -29,8 +34,8 @@ def load_causal_lm(path: Path, attention: str, **options: Any) -> Any:
 
     try:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.from_pretrained(path, local_files_only=True))]
-        known = attention if getattr(kind, "_supports_sdpa", False) else "eager"
-        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, attn_implementation=known, **options)
+        options["attn_implementation"] = known_attention(kind, attention)
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options)
     except (ValueError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SettingsError(f"{path}: transformers loads no causal language model from it ({reason})") from error
