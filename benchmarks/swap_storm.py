@@ -3,10 +3,10 @@
     python -m benchmarks.swap_storm [--model DIR] [--streams 10] [--cold 200] [--rank 8] [--rounds 3]
 
 A server runs as a process of its own on loopback. `streams` clients, in one more process, stream with resident
-adapters, while `cold` others, never loaded or evicted long since, are loaded by LoadAdapter, `at-once` at a time. In
-calm the same streams run for as many tokens, before the storm and after. A gap is the time between two messages of one
-stream, as its client sees it. Each round has a server of its own, so that every load is the first of its digest. Prints
-a JSON line a round, then one with the medians of the rounds.
+adapters, each an answer of LONGEST tokens after the other, while `cold` others, never loaded or evicted long since,
+are loaded by LoadAdapter, `at-once` at a time. In calm the same streams run, before the storm and after. A gap is the
+time between two messages of one answer, as its client sees it. Each round has a server of its own, so that every load
+is the first of its digest. Prints a JSON line a round, then one with the medians of the rounds.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from lorikeet.v1 import adapter_pb2, adapter_pb2_grpc, common_pb2, inference_pb2
 from server.base.resolve import resolve_base
 
 PROMPT = 32
-LONGEST = 4000  # tokens of a stream, which is cancelled before
-CALM = 100  # tokens of each stream before the storm
+LONGEST = 200  # tokens of an answer
+CALM = 200  # tokens of each stream before the storm, and after
 SPARE = 20  # adapters that have room beside those of the streams
 
 Work = Callable[[], Awaitable[None]]
@@ -121,6 +121,13 @@ class Streams:
         await self.reach(min(self._tokens) + tokens)
 
     async def _stream(self, i: int) -> None:
+        try:
+            while True:
+                await self._answer(i)
+        finally:
+            self._changed.set()
+
+    async def _answer(self, i: int) -> None:
         request = inference_pb2.StreamGenerateRequest(
             adapter_id=f"a{i}",
             token_ids=common_pb2.TokenIds(ids=[self._rng.randrange(1000, 40000) for _ in range(PROMPT)]),
@@ -128,15 +135,12 @@ class Streams:
             stopping=common_pb2.Stopping(max_tokens=LONGEST, ignore_eos=True),
         )
         last = 0.0
-        try:
-            async for piece in self._stub.StreamGenerate(request):
-                now = time.perf_counter()
-                if self._is_measured and last:
-                    self.gaps.append(now - last)
-                last = now
-                self._tokens[i] += len(piece.token_ids)
-                self._changed.set()
-        finally:
+        async for piece in self._stub.StreamGenerate(request):
+            now = time.perf_counter()
+            if self._is_measured and last:
+                self.gaps.append(now - last)
+            last = now
+            self._tokens[i] += len(piece.token_ids)
             self._changed.set()
 
 
@@ -163,7 +167,7 @@ async def drive(args: argparse.Namespace) -> None:
         before = await calm(CALM)
         stormy = Streams(inference, args.streams)
         tokens = await stormy.run(storm)
-        after = await calm(max(CALM, tokens - CALM))
+        after = await calm(CALM)
         print(json.dumps(compare(before.gaps + after.gaps, stormy) | {"storm_tokens": tokens}), flush=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from server.base.quantization import stored_quantization
 from server.base.resolve import BaseModel, locate_base, resolve_base
 from server.errors import UnsupportedModel
 from trainer.batches import Feed
@@ -69,6 +70,10 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Pre
         require_data(settings.eval_data)
     base = like.base if like else find_base(settings.base, note)
     config = read_config(base.path)
+    if kind := stored_quantization(config):
+        raise SettingsError(
+            f"{base.path}: is in 4 bits ({kind}) already; train on its 16-bit form: --method qlora quantizes it"
+        )
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, str(config.get("dtype") or config.get("torch_dtype") or "float32"), device)
     tokenizer = like.tokenizer if like else load_tokenizer(base.path)

@@ -1,9 +1,10 @@
 """Whole runs on a tiny base: they learn, repeat exactly, and leave what PEFT loads."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -159,6 +160,19 @@ def test_the_best_weights_are_kept_and_a_run_without_progress_ends_early(train: 
     assert report.result.eval_loss == min(losses)
     assert len(steps) == len(losses) < 24
     assert report.result.best_step == losses.index(min(losses)) + 1 == len(steps) - 2
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_base_that_is_in_4_bits_already_is_refused(
+    method: Literal["lora", "qlora"], base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base.path, tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    settings = Settings(base=str(tmp_path / "base"), data=str(data), method=method, device="cpu")
+    with pytest.raises(SettingsError, match=r"is in 4 bits \(nf4\) already"):
+        fit(settings, tmp_path / "run")
 
 
 def test_a_bloom_can_be_trained(base: BaseModel, data: Path, tmp_path: Path) -> None:
