@@ -20,7 +20,7 @@ from trainer.optim import optimizer_state, restore_optimizer
 from trainer.prepare import Note, Prepared, prepare, provenance
 from trainer.run_directory import MetricsFile, RunDirectory
 from trainer.settings import Settings
-from trainer.trackers import open_trackers
+from trainer.trackers import Tracker, open_trackers
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,16 +207,7 @@ class _Recorder:
         self._metrics = MetricsFile(run.path / "metrics.jsonl")
 
     def stepped(self, step: Step) -> None:
-        values = {
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "tokens_per_second": round(step.num_tokens / step.seconds, 1),
-            "memory_bytes": peak_memory(),
-        }
-        counts = {"epoch": step.epoch, "tokens": step.num_tokens, "learned": step.num_learned, "seconds": step.seconds}
-        self._metrics.write({"step": step.index + 1} | values | counts)
-        self._trackers.log(step.index + 1, values)
+        record_step(step, self._metrics, self._trackers)
         self._watcher.on_step(step)
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -244,6 +235,20 @@ class _Recorder:
         tensors, numbers = optimizer_state(self._loop.optimizer)
         state = {"progress": progress.to_json(), "optimizer": numbers}
         return Checkpoint(dict(self._loop.named), tensors, state, self._config)
+
+
+def record_step(step: Step, metrics: MetricsFile, trackers: Tracker) -> None:
+    """A step's numbers, where they are kept. Raises DiskFull."""
+    values = {
+        "loss": step.loss,
+        "learning_rate": step.learning_rate,
+        "grad_norm": step.grad_norm,
+        "tokens_per_second": round(step.num_tokens / step.seconds, 1),
+        "memory_bytes": peak_memory(),
+    }
+    counts = {"epoch": step.epoch, "tokens": step.num_tokens, "learned": step.num_learned, "seconds": step.seconds}
+    metrics.write({"step": step.index + 1} | values | counts)
+    trackers.log(step.index + 1, values)
 
 
 def peak_memory() -> int:

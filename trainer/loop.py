@@ -104,6 +104,22 @@ class Result:
     eval_loss: float | None
     best_step: int | None
 
+    @classmethod
+    def of(cls, progress: Progress) -> "Result":
+        """Of a run that has come so far."""
+        assert progress.first_epoch_loss is not None, "a run has steps"
+        assert progress.last_epoch_loss is not None, "a run has steps"
+        return cls(
+            num_epochs=progress.epoch + 1,
+            num_steps=progress.step,
+            num_tokens=progress.num_tokens,
+            num_learned=progress.num_learned,
+            first_epoch_loss=progress.first_epoch_loss,
+            final_loss=progress.last_epoch_loss,
+            eval_loss=progress.best_loss,
+            best_step=progress.best_step,
+        )
+
 
 class Listener(Protocol):
     """Hears what the loop does. `saved` and `best` are the moments to write checkpoints."""
@@ -208,22 +224,7 @@ class Loop:
                 if listener.is_stopped():
                     listener.save(state)
                     raise Interrupted
-        return self._result()
-
-    def _result(self) -> Result:
-        state = self.progress
-        assert state.first_epoch_loss is not None, "a run has steps"
-        assert state.last_epoch_loss is not None, "a run has steps"
-        return Result(
-            num_epochs=state.epoch + 1,
-            num_steps=state.step,
-            num_tokens=state.num_tokens,
-            num_learned=state.num_learned,
-            first_epoch_loss=state.first_epoch_loss,
-            final_loss=state.last_epoch_loss,
-            eval_loss=state.best_loss,
-            best_step=state.best_step,
-        )
+        return Result.of(self.progress)
 
     def _train(self, rows: Sequences, epoch: int, num_steps: int, listener: Listener) -> Step:
         """One optimizer step on `rows`, in smaller micro-batches if memory does not suffice."""

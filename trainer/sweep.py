@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.ids import check_name
 from trainer.errors import SettingsError
-from trainer.fit import load_base, peak_memory
+from trainer.fit import load_base, record_step
 from trainer.lanes import Lane, LaneLoop, save_lane, start_lane
 from trainer.loop import Result, Step
 from trainer.methods import adapter as adapters
@@ -118,26 +118,10 @@ def _finish(lane: Lane, run: RunDirectory, note: Note) -> Outcome:
         note(f"{lane.settings.name}: {lane.error}")
         return Outcome(run, None, lane.error)
     save_lane(lane, run.adapter)
-    result = _result(lane)
+    result = Result.of(lane.progress)
     seconds = sum(line["seconds"] for line in run.metrics())
     run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
     return Outcome(run, result, None)
-
-
-def _result(lane: Lane) -> Result:
-    progress = lane.progress
-    assert progress.first_epoch_loss is not None, "a run has steps"
-    assert progress.last_epoch_loss is not None, "a run has steps"
-    return Result(
-        num_epochs=progress.epoch + 1,
-        num_steps=progress.step,
-        num_tokens=progress.num_tokens,
-        num_learned=progress.num_learned,
-        first_epoch_loss=progress.first_epoch_loss,
-        final_loss=progress.last_epoch_loss,
-        eval_loss=None,
-        best_step=None,
-    )
 
 
 class _Recorder:
@@ -152,15 +136,6 @@ class _Recorder:
         stack.callback(self._trackers.close)
 
     def __call__(self, step: Step) -> None:
-        values = {
-            "loss": step.loss,
-            "learning_rate": step.learning_rate,
-            "grad_norm": step.grad_norm,
-            "tokens_per_second": round(step.num_tokens / step.seconds, 1),
-            "memory_bytes": peak_memory(),
-        }
-        counts = {"epoch": step.epoch, "tokens": step.num_tokens, "learned": step.num_learned, "seconds": step.seconds}
-        self._metrics.write({"step": step.index + 1} | values | counts)
-        self._trackers.log(step.index + 1, values)
+        record_step(step, self._metrics, self._trackers)
         if step.index + 1 == step.num_steps:
             self._note(f"{self._name}: loss {step.loss:.3f} after {step.num_steps} steps")

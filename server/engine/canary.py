@@ -71,8 +71,9 @@ class Canary:
     @torch.inference_mode()
     def check(self, directory: Path, ranges: Ranges) -> None:
         """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
+        files = _Files.read(directory)  # what waits for a disk holds up nobody's turn
         with torch.cuda.stream(self._stream), self._pace:  # None: no stream
-            self._compare(directory, Reference.read(directory, self._device, self._pace), ranges)
+            self._compare(directory, Reference.of(files, self._device, self._pace), ranges)
 
     def _compare(self, directory: Path, reference: "Reference", ranges: Ranges) -> None:
         n, tolerance = self._length, TOLERANCES[self._dtype]
@@ -119,18 +120,30 @@ class _Module:
 
 
 @dataclass(frozen=True, slots=True)
+class _Files:
+    """What an adapter's files hold."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def read(cls, directory: Path) -> "_Files":
+        """The directory has been validated by the loader; it may change, but that ends in an error."""
+        with opened(directory / CONFIG_FILE) as fd:
+            config = read_json(fd, CONFIG_FILE, Limits().max_config_bytes)
+        with opened(directory / WEIGHTS_FILE) as fd:
+            return cls(config, read_tensors(fd, read_header(fd, Limits())))
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """The adapter by module path, straight from its files."""
 
     modules: Mapping[str, _Module]
 
     @classmethod
-    def read(cls, directory: Path, device: torch.device, pace: Pace) -> "Reference":
-        """The directory has been validated by the loader; it may change, but that ends in an error."""
-        with opened(directory / CONFIG_FILE) as fd:
-            config = read_json(fd, CONFIG_FILE, Limits().max_config_bytes)
-        with opened(directory / WEIGHTS_FILE) as fd:
-            tensors = read_tensors(fd, read_header(fd, Limits()))
+    def of(cls, files: _Files, device: torch.device, pace: Pace) -> "Reference":
+        config, tensors = files.config, files.tensors
         alpha_of = _alphas(config)
         modules: dict[str, _Module] = {}
         for name, a in tensors.items():
