@@ -272,6 +272,7 @@ class Engine:
             merge_held_bytes=self._merged.held_bytes,
             served=dict(scheduler.served),
             waiting_by_adapter=scheduler.waiting_by_adapter,
+            retry_after=scheduler.retry_after,
         )
 
     def check_integrity(self) -> None:

@@ -273,7 +273,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     `waiting_by_adapter`: sequences by digest, without the base's. `adapter_load_times` are those since the last Stats.
     A hit of a tier is a request whose adapter was there when it came; the adapter of a miss of the device may still be
     a hit of the host. `merge_held_bytes` is host memory that keeps the base's own weights while an adapter is merged,
-    `served` counts admitted sequences by Serving."""
+    `served` counts admitted sequences by Serving. `retry_after` is in how many seconds a request that finds the queue
+    full should come again."""
 
     num_running: int
     num_waiting: int
@@ -296,6 +297,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     merge_held_bytes: int = 0
     served: dict[str, int] = {}
     waiting_by_adapter: dict[str, int] = {}
+    retry_after: float = 1.0
 
 
 ToFrontend = StepOutputs | RequestFailed | CallDone | CallProgress | Ready | Stats

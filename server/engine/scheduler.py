@@ -97,7 +97,7 @@ class Scheduler:
         if len(self._by_id) >= self._max_num_seqs + self._max_waiting:
             raise ServerBusy(
                 f"{self.num_waiting} requests are waiting, at most {self._max_waiting} may; try again later",
-                retry_after=self._retry_after(),
+                retry_after=self.retry_after,
             )
         self._by_id[seq.request_id] = seq
         self._waiting.push(seq)
@@ -172,7 +172,8 @@ class Scheduler:
                 f"is {max_tokens} after {num_prompt} of prompt, the KV cache holds {capacity}: ask for at most {most}",
             )
 
-    def _retry_after(self) -> float:
+    @property
+    def retry_after(self) -> float:
         """Seconds until about half of the queue is served, from how long sequences run; 1 to 60."""
         return min(max(self._run_seconds * self.num_waiting / (2 * self._max_num_seqs), 1.0), 60.0)
 

@@ -76,6 +76,11 @@ class Dispatcher:
         self.stats: Stats | None = None
         self.residency: dict[str, Residency] = {}
 
+    @property
+    def num_streams(self) -> int:
+        """Requests that are in the engine, or on their way to it or to their end."""
+        return len(self._streams)
+
     def next_id(self) -> str:
         """An id for a request or call, unique in the life of this process."""
         return f"{next(self._ids):x}"

@@ -23,7 +23,7 @@ from server.engine.messages import (
     UnloadAdapter,
     UnpinAdapter,
 )
-from server.errors import EngineUnavailable, ShuttingDown
+from server.errors import EngineUnavailable, ServerBusy, ShuttingDown
 from server.frontend.catalog import Catalog, Registry
 from server.frontend.dispatcher import Dispatcher, EngineMetrics
 from server.frontend.engine_client import ENGINE_COMMAND, EngineClient
@@ -142,6 +142,7 @@ class Frontend:
         """
         arrival = asyncio.get_running_loop().time()
         with self._active() as info:
+            self._refuse_if_full(info)
             self._preparation.check(request, info)
             adapter_id = request.adapter_id
             async with self.catalog.hold(adapter_id) if adapter_id else contextlib.nullcontext() as version:
@@ -254,6 +255,17 @@ class Frontend:
             self._num_active -= 1
             if self._num_active == 0:
                 self._idle.set()
+
+    def _refuse_if_full(self, info: Ready) -> None:
+        """Raises ServerBusy for what the engine would refuse, before it costs anything: the engine, whose count is the
+        one that holds, reads what is sent to it between two steps, which may be long."""
+        max_waiting = self._config.engine.max_waiting
+        if self._dispatcher.num_streams >= info.max_num_seqs + max_waiting:
+            stats = self._dispatcher.stats
+            raise ServerBusy(
+                f"{max_waiting} requests are waiting, more may not; try again later",
+                retry_after=1.0 if stats is None else stats.retry_after,
+            )
 
     def _count_start(self, prepared: Prepared, stream: Stream, adapter: str, residency: str, arrival: float) -> None:
         assert stream.first_at is not None, "a token has come"

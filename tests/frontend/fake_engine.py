@@ -51,6 +51,8 @@ FIRST_OPCODE = 390
 EOS = 1
 VOCAB_SIZE = 400
 MAX_MODEL_LEN = 4096
+MAX_NUM_SEQS = 64
+RETRY_AFTER = 2.5
 TIMINGS = Timings(queue=0.25, load=0.125, prefill=0.5, decode=0.0)
 
 
@@ -79,7 +81,7 @@ class FakeEngine:
                 device="cpu",
                 dtype="float32",
                 max_model_len=MAX_MODEL_LEN,
-                max_num_seqs=64,
+                max_num_seqs=MAX_NUM_SEQS,
                 max_batch_tokens=512,
                 page_size=16,
                 num_pages=100,
@@ -209,6 +211,7 @@ class FakeEngine:
                 ],
                 memory={},
                 preemptions=self.num_cancels,
+                retry_after=RETRY_AFTER,
             )
         )
 

@@ -154,10 +154,11 @@ def make_frontend(
     *engine_options: str,
     backoff: Backoff | None = None,
     registry: Registry | None = None,
+    max_waiting: int = 256,
     **settings: Any,
 ) -> tuple[Frontend, Recorder]:
     recorder = Recorder()
-    engine = EngineConfig(base_path=str(directory), base_digest="sha256:base")
+    engine = EngineConfig(base_path=str(directory), base_digest="sha256:base", max_waiting=max_waiting)
     config = ServeConfig(engine=engine, base_name="tiny", store="/store", **settings)
     frontend = Frontend(
         config,

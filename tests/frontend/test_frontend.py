@@ -1,7 +1,7 @@
 """The front end against an engine process without a model, over a real socket."""
 
 import asyncio
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from tests.frontend.fake_engine import (
     EOS,
     HOLD,
     MAX_MODEL_LEN,
+    MAX_NUM_SEQS,
     REFUSE,
     REFUSE_ADAPTER,
+    RETRY_AFTER,
     TIMINGS,
     VOCAB_SIZE,
 )
@@ -223,6 +225,31 @@ def test_an_error_of_the_engine_is_raised_as_what_it_was(
             assert caught.value.retry_after == (1.5 if kind is ServerBusy else None)
             assert caught.value.metadata == ({"limit": "8"} if kind is ServerBusy else {})
             assert text(await collect(frontend, request([ECHO, *ids("fine")]))) == "fine"
+
+    run(test())
+
+
+def test_a_full_queue_refuses_before_the_prompt_is_looked_at(tmp_path: Path) -> None:
+    """The engine, which reads what it is sent between two steps, is not asked."""
+
+    async def test() -> None:
+        async with started(tmp_path, max_waiting=1) as (frontend, recorder), AsyncExitStack() as streams:
+            held = [frontend.generate(request([HOLD, *ids("x")])) for _ in range(MAX_NUM_SEQS + 1)]
+            for generation in held:
+                await streams.enter_async_context(aclosing(generation))
+                await anext(generation)
+            for asked in (
+                request([ECHO, *ids("no")]),
+                request("not even \ud800 encoded"),
+                request([REFUSE, 1], "missing"),
+            ):
+                with pytest.raises(ServerBusy, match="1 requests are waiting, more may not") as caught:
+                    await collect(frontend, asked)
+                assert caught.value.retry_after == RETRY_AFTER, "as the engine last said"
+            assert recorder.stats is not None
+            assert recorder.stats.num_running == len(held)
+            await held.pop().aclose()
+            assert text(await collect(frontend, request([ECHO, *ids("room")]))) == "room"
 
     run(test())
 
