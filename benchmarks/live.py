@@ -53,9 +53,6 @@ def adapter_bytes(base: BaseModel, rank: int, itemsize: int = 2) -> int:
 def surroundings() -> dict[str, object]:
     """What a timing was made on: machine, versions, commit, and how busy it was with other things."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "cpu": model or platform.processor(),
         "cores": os.cpu_count(),
@@ -63,7 +60,7 @@ def surroundings() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "lorikeet": version("lorikeet"),
-        "commit": found.stdout.strip(),
+        "commit": _commit(),
     }
 
 
@@ -71,6 +68,15 @@ def quantile(values: Sequence[float], share: float) -> float:
     """The value that `share` of them are not above, of at least one."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _commit() -> str:
+    """Of this repository; empty where there is none, or no git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _lines(path: str) -> list[str]:

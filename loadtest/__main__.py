@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from adapters.errors import LorikeetError
 from loadtest.compare import compare
 from loadtest.modes import MODES
+from loadtest.overload import OWN_SERVER, overload
 from loadtest.run import echo, run
 
 
@@ -43,9 +44,21 @@ def parser() -> ArgumentParser:
     against.add_argument("--users", default="1,4,16", help="closed loads, with commas between [%(default)s]")
     against.add_argument("--seconds", type=int, help="of each load [the scenario's]")
     against.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
+    against.add_argument("--keep", action="store_true", help="keep what PREFIX.json has of other modes, and the echo")
     against.add_argument("options", nargs="*", help="options of every server, after --")
     against.set_defaults(function=compare)
-    for command in (play, bare, against):
+    beyond = commands.add_parser("overload", help="the load that a server accepts, then several times that")
+    beyond.add_argument("--server", metavar="HOST:PORT", help="a running server [one of its own, with random adapters]")
+    beyond.add_argument("--base", metavar="DIR|HUB_ID", help="the base of its own server [SmolLM2-135M-Instruct]")
+    beyond.add_argument(
+        "--scenario", default="overload", help="a TOML file, or a name of loadtest/scenarios [overload]"
+    )
+    beyond.add_argument("--seconds", type=int, help="of each load [the scenario's]")
+    beyond.add_argument("--factor", type=float, default=4.0, help="how many times the load [%(default)s]")
+    beyond.add_argument("--json", metavar="FILE", help="add the line to this file, too")
+    beyond.add_argument("options", nargs="*", help=f"of its own server, after -- [{' '.join(OWN_SERVER)}]")
+    beyond.set_defaults(function=overload)
+    for command in (play, bare, against, beyond):
         command.add_argument("--processes", type=int, default=1, help="of Locust, that share the load [%(default)s]")
     for command in (play, bare):
         command.add_argument("--scenario", default="quick", help="a TOML file, or a name of loadtest/scenarios [quick]")

@@ -5,15 +5,17 @@ import shlex
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import pynvml
 
 from adapters.errors import LorikeetError
 from benchmarks.live import surroundings
-from loadtest.modes import Mode, select, server_options
+from loadtest.errors import LoadTestFailed
+from loadtest.modes import MODES, Mode, select, server_options
 from loadtest.play import echoing, play
 from loadtest.report.html import html_report
 from loadtest.report.markdown import markdown_report
@@ -29,37 +31,82 @@ def compare(options: Namespace) -> int:
     loads = [int(users) for users in options.users.split(",")]
     base = resolve_base(options.base, _say)
     known = server_options()
+    report: dict[str, Any] = {
+        "scenario": msgspec.to_builtins(scenario),
+        "base": base.name,
+        "users": loads,
+        "environment": surroundings() | gpus(),
+        "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
+        "modes": [],
+        "left_out": [],
+        "echo": [],
+    }
+    prefix = Path(options.output)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    if options.keep:
+        report = kept(report, prefix.with_name(f"{prefix.name}.json"))
     found: list[dict[str, Any]] = []
-    left_out: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as scratch:
         store = publish_for(scenario, base, Path(scratch))
         for mode in select(options.modes):
             if missing := mode.missing(known):
-                left_out.append(_left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
+                add(report, "left_out", _left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
                 continue
             try:
                 found.append(measure(mode, scenario, base, store, loads, options.processes, options.options))
+                add(report, "modes", found[-1])
             except LorikeetError as error:
-                left_out.append(_left_out(mode, error.message))
-    report = {
-        "scenario": msgspec.to_builtins(scenario),
-        "base": base.name,
-        "environment": surroundings(),
-        "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
-        "modes": found,
-        "left_out": left_out,
-        "echo": measure_echo(scenario, loads, options.processes),
-    }
-    prefix = Path(options.output)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
+                add(report, "left_out", _left_out(mode, error.message))
+            write(report, prefix)  # what is interrupted, or killed, has lost nothing but the mode under way
+    if not report["echo"]:
+        report["echo"] = measure_echo(scenario, loads, options.processes)
+    write(report, prefix)
+    print(markdown_report(report))
+    return int(not found or any(load["failures"] for mode in found for load in mode["loads"]))
+
+
+def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The report with all that `file`, an earlier one, has measured already; as it is where there is none. Raises
+    LoadTestFailed for a report of something else: another scenario, base, machine or commit."""
+    if not file.exists():
+        return report
+    earlier = json.loads(file.read_text())
+    for name in ("base", "scenario", "users"):
+        if earlier[name] != report[name]:
+            raise LoadTestFailed(f"--keep: {file} has another {name}; measure all modes again, or elsewhere")
+    for name, value in report["environment"].items():
+        if name != "load" and earlier["environment"].get(name) != value:
+            was = earlier["environment"].get(name)
+            raise LoadTestFailed(f"--keep: {file} was measured with {name} {was}, this is {value}; measure all again")
+    commands = dict.fromkeys([*earlier["command"].splitlines(), report["command"]])
+    return {**report, **earlier, "command": "\n".join(commands)}
+
+
+def add(report: dict[str, Any], part: str, mode: Mapping[str, Any]) -> None:
+    """Put a mode into "modes" or "left_out", in the order of MODES and instead of what was there of it."""
+    order = [known.name for known in MODES]
+    for name in ("modes", "left_out"):
+        report[name] = [other for other in report[name] if other["name"] != mode["name"]]
+    report[part] = sorted([*report[part], mode], key=lambda other: order.index(other["name"]))
+
+
+def write(report: Mapping[str, Any], prefix: Path) -> None:
+    """PREFIX.json, .html and .md."""
     for suffix, text in (
         (".json", json.dumps(report, indent=1) + "\n"),
         (".html", html_report(report)),
         (".md", markdown_report(report)),
     ):
         prefix.with_name(prefix.name + suffix).write_text(text)
-    print(markdown_report(report))
-    return int(not found or any(load["failures"] for mode in found for load in mode["loads"]))
+
+
+def gpus() -> dict[str, object]:
+    """The first GPU's name, as NVIDIA's driver has it; nothing without one."""
+    try:
+        pynvml.nvmlInit()
+        return {"gpu": str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))}
+    except pynvml.NVMLError:
+        return {}
 
 
 def measure(
@@ -75,7 +122,7 @@ def measure(
     played = mode.scenario(scenario)
     results = []
     with serving(base, store, *mode.options_for("a0000"), *options) as server:
-        warm_up(played, server)
+        warm_up(played, server.address)
         for users in loads:
             _say(f"{mode.title}: {users} users for {scenario.seconds} s")
             measured = one_load(played.at(users=users), server.address, mode.name, processes)
@@ -92,16 +139,16 @@ def measure(
     }
 
 
-def warm_up(scenario: Scenario, server: Server) -> None:
+def warm_up(scenario: Scenario, address: str) -> None:
     """What first requests compile and load is no load's cost: neither are adapters that come from the disk."""
-    client = Client(server.address)
+    client = Client(address)
     try:
         names = [] if scenario.adapters.popularity == "base" else client.adapter_names(scenario.adapters.count)
         for name in names[:1] if scenario.adapters.popularity == "one" else names:
             client.load(name)
     finally:
         client.close()
-    play(msgspec.structs.replace(scenario.at(users=1, seconds=2), warmup=0.0), server.address, quiet=True)
+    play(msgspec.structs.replace(scenario.at(users=1, seconds=2), warmup=0.0), address, quiet=True)
 
 
 def measure_echo(scenario: Scenario, loads: Sequence[int], processes: int) -> list[dict[str, Any]]:

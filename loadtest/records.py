@@ -14,7 +14,8 @@ QUANTILES = (0.5, 0.9, 0.95, 0.99)
 @dataclass(slots=True)
 class Record:
     """One request. `due` is when it should have begun: in an open load a late client's lateness counts. `arrivals` are
-    (time, tokens) of each message with tokens; `code` is the gRPC status, `reason` the error's."""
+    (time, tokens) of each message with tokens; `code` is the gRPC status, `reason` the error's, `retry_after` what its
+    RetryInfo asks for, in seconds."""
 
     adapter: str
     due: float
@@ -22,6 +23,7 @@ class Record:
     ended: float = 0.0
     code: str = "OK"
     reason: str = ""
+    retry_after: float | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -98,6 +100,8 @@ def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, 
         **latencies(good),
         "failures": dict(Counter(f"{record.code} {record.reason}".strip() for record in failed)),
         "failed_seconds": quantiles([record.seconds for record in failed]),
+        "retry_seconds": quantiles([after for record in failed if (after := record.retry_after) is not None]),
+        "without_retry": sum(record.retry_after is None for record in failed),
         "adapters": {name or "base": {"requests": len(found), **latencies(found)} for name, found in adapters.items()},
     }
 

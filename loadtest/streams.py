@@ -68,11 +68,13 @@ class Client:
                 if piece.token_ids:
                     record.arrivals.append((self._clock(), len(piece.token_ids)))
         except grpc.RpcError as error:
-            record.code, record.reason = code_of(error), reason_of(error)
+            record.ended = self._clock()  # before the status is taken apart
+            record.code, (record.reason, record.retry_after) = code_of(error), details_of(error)
+            return record
         record.ended = self._clock()
-        if record.is_ok and (len(digests) != 1 or bool(draw.adapter) != any(digests)):
+        if len(digests) != 1 or bool(draw.adapter) != any(digests):
             record.code, record.reason = "WRONG_ADAPTER", f"{len(digests)} digests"
-        elif record.is_ok and record.num_tokens != draw.max_tokens:
+        elif record.num_tokens != draw.max_tokens:
             record.code, record.reason = "WRONG_LENGTH", ""
         return record
 
@@ -90,7 +92,7 @@ class Client:
                 load = adapter_pb2.LoadAdapterRequest(adapter_id=adapter)
                 self._adapters.LoadAdapter(load, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
-            record.code, record.reason = code_of(error), reason_of(error)
+            record.code, (record.reason, record.retry_after) = code_of(error), details_of(error)
         record.ended = self._clock()
         return record
 
@@ -99,7 +101,7 @@ class Client:
         try:
             self._adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=adapter), timeout=CALL_SECONDS)
         except grpc.RpcError as error:
-            raise LoadTestFailed(f"{adapter} cannot be loaded: {code_of(error)} {reason_of(error)}") from error
+            raise LoadTestFailed(f"{adapter} cannot be loaded: {code_of(error)} {details_of(error)[0]}") from error
 
     def close(self) -> None:
         self._channel.close()
@@ -121,12 +123,16 @@ def code_of(error: grpc.RpcError) -> str:
     return str(call.code().name)
 
 
-def reason_of(error: grpc.RpcError) -> str:
-    """ErrorInfo's reason; "" where the status has none, as that of a server that is not there."""
+def details_of(error: grpc.RpcError) -> tuple[str, float | None]:
+    """ErrorInfo's reason, and RetryInfo's delay in seconds; "" and None where the status has none, as that of a server
+    that is not there."""
     call: Any = error
     status = rpc_status.from_call(call)
-    info = error_details_pb2.ErrorInfo()
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    reason, after = "", None
     for detail in status.details if status is not None else ():
         if detail.Unpack(info):
-            return str(info.reason)
-    return ""
+            reason = str(info.reason)
+        elif detail.Unpack(retry):
+            after = float(retry.retry_delay.ToTimedelta().total_seconds())
+    return reason, after

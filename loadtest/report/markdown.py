@@ -51,7 +51,7 @@ def lengths(found: dict[str, Any]) -> str:
 
 
 def environment_of(report: Report) -> str:
-    surroundings = [f"{key} {value}" for key, value in report["environment"].items()]
+    surroundings = [f"{key} {value}" for key, value in report["environment"].items() if value not in ("", None)]
     devices = {f"{mode.get('device')} in {mode.get('dtype')}" for mode in report["modes"]}
     return f"On {', '.join(sorted(devices))}; " + ", ".join(surroundings) + "."
 
