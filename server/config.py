@@ -16,7 +16,8 @@ class EngineConfig:
     must not be quantized), "nf4" or "fp4": in blocks of `quantization_block` weights, whose absmax are quantized too
     with `double_quantization`, and without the modules `keep_16bit`.
     `compensates_merged`: while an adapter is merged into the base, requests for others are served, by taking it off
-    again in a low-rank term, rather than refused.
+    again in a low-rank term, rather than refused. `log_format` is "human" or "json", `log_level` "debug", "info",
+    "warning" or "error"; both processes log so.
     """
 
     base_path: str
@@ -39,13 +40,16 @@ class EngineConfig:
     compensates_merged: bool = False
     prefix_caching: bool = True
     num_threads: int | None = None
+    log_format: str = "human"
+    log_level: str = "info"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """Settings of the front end. Times are seconds, ports 0 mean any free port, sizes are bytes. A stream that its
     client does not read for `stall_timeout` is ended. `merge` is an adapter to merge into the base before requests are
-    taken, with `merge_force` however far that is from unmerged serving."""
+    taken, with `merge_force` however far that is from unmerged serving. `log_prompts` puts prompts and answers into the
+    log; `otlp_endpoint` is the URL of a collector of traces, None where the environment says which, if any."""
 
     engine: EngineConfig
     base_name: str
@@ -61,3 +65,5 @@ class ServeConfig:
     reflection: bool = True
     max_message_bytes: int = 4 * 1024 * 1024
     max_stop_strings: int = 16
+    log_prompts: bool = False
+    otlp_endpoint: str | None = None

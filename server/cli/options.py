@@ -15,6 +15,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.ASCII | re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(\d{1,5})", re.ASCII)
 
+_URL = re.compile(r"https?://[^\s/]+(/\S*)?", re.ASCII)
+
 
 class FourBits(StrEnum):
     """The 4-bit formats."""
@@ -64,6 +66,13 @@ def parse_address(text: str) -> str:
     match = _ADDRESS.fullmatch(text)
     if match is None or not 0 < int(match[2]) < 2**16:
         raise typer.BadParameter(f"{text!r} is no address; write it as host:port, like {DEFAULT_SERVER}")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """`http://…` or `https://…`, checked for its form only."""
+    if _URL.fullmatch(text) is None:
+        raise typer.BadParameter(f"{text!r} is no URL; write it as http://localhost:4317, or with https")
     return text
 
 

@@ -1,8 +1,6 @@
 """`lorikeet serve`: options to config, then the server until it is told to stop."""
 
 import asyncio
-import logging
-import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -18,6 +16,7 @@ from server.cli.options import (
     Store,
     parse_size,
     parse_size_or_none,
+    parse_url,
 )
 from server.cli.output import print_json, print_note
 
@@ -44,6 +43,13 @@ class MergedOthers(StrEnum):
 
     REFUSE = "refuse"
     COMPENSATE = "compensate"
+
+
+class LogFormat(StrEnum):
+    """What --log-format takes."""
+
+    HUMAN = "human"
+    JSON = "json"
 
 
 class LogLevel(StrEnum):
@@ -123,7 +129,23 @@ def serve(
         bool, typer.Option("--no-prefix-caching", help="Do not keep KV pages of earlier prompts.")
     ] = False,
     no_reflection: Annotated[bool, typer.Option("--no-reflection", help="Do not answer gRPC reflection.")] = False,
-    log_level: Annotated[LogLevel, typer.Option(help="How much to log on stderr.")] = LogLevel.WARNING,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Log lines for people, or as JSON: one object a line.")
+    ] = LogFormat.HUMAN,
+    log_level: Annotated[
+        LogLevel, typer.Option(help="How much to log on stderr; at info, a line for each request.")
+    ] = LogLevel.INFO,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Put prompts and answers into the requests' lines.")
+    ] = False,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            parser=parse_url,
+            metavar="URL",
+            help="Send OpenTelemetry traces to this collector, as http://localhost:4317 [OTEL_EXPORTER_OTLP_ENDPOINT].",
+        ),
+    ] = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -134,14 +156,13 @@ def serve(
     """
     from adapters.registry import AdapterRegistry
     from adapters.stores import open_store
+    from server import logs
     from server.base.quantization import HEAD
     from server.base.resolve import resolve_base
     from server.config import EngineConfig, ServeConfig
     from server.rpc.server import serve as serve_rpc
 
-    logging.basicConfig(
-        level=log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(log_format.value, log_level.value)
     adapter_store = open_store(store)
     model = resolve_base(base, print_note)
     config = ServeConfig(
@@ -165,6 +186,8 @@ def serve(
             compensates_merged=merged_others is MergedOthers.COMPENSATE,
             prefix_caching=not no_prefix_caching,
             num_threads=threads,
+            log_format=log_format.value,
+            log_level=log_level.value,
         ),
         base_name=model.name,
         store=adapter_store.location,
@@ -176,6 +199,8 @@ def serve(
         metrics_port=metrics_port,
         grace=grace,
         reflection=not no_reflection,
+        log_prompts=log_prompts,
+        otlp_endpoint=otlp_endpoint,
     )
 
     def announce(grpc_port: int, page_port: int) -> None:

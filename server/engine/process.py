@@ -13,6 +13,7 @@ import sys
 import msgspec
 
 from adapters.errors import LorikeetError
+from server import logs
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.link import Link
@@ -26,11 +27,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--socket", required=True, help="the ipc:// address that the front end has bound")
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises another package on a CPU
     # The front end decides when to stop: a terminal's Ctrl-C reaches both processes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    logs.set_up(config.log_format, config.log_level)
     link = Link(args.socket)
     try:
         engine = build_engine(config, link)

@@ -43,20 +43,20 @@ class Completion:
             if self._stop.matched:
                 finish_reason = "stop"
                 token_ids, logprobs = _first(num_used, token_ids, logprobs)
+        is_first = self.num_tokens == 0
         self.num_tokens += len(token_ids)
-        if finish_reason is None:
+        if finish_reason is None and not is_first:
             return Delta(text, token_ids, self._adapter_digest, logprobs, serving=stream.serving)
-        usage = Usage(self._prompt_tokens, stream.num_cached, self.num_tokens)
         return Delta(
             text=text,
             token_ids=token_ids,
             adapter_digest=self._adapter_digest,
             logprobs=logprobs,
             finish_reason=finish_reason,
-            usage=usage,
+            usage=Usage(self._prompt_tokens, stream.num_cached, self.num_tokens),
             timings=_timings(stream),
             serving=stream.serving,
-            trained_quantization=self._trained_quantization,
+            trained_quantization=self._trained_quantization if finish_reason is not None else "",
         )
 
     def _text_before_stop(self, stop: StopStrings, token_ids: list[int], is_end: bool) -> tuple[str, int]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -14,6 +15,7 @@ import msgspec
 import zmq
 
 from adapters.errors import LorikeetError
+from server import logs
 from server.config import EngineConfig
 from server.engine.messages import Ready, Shutdown, ToEngine, ToFrontend, decode_to_frontend, encode
 from server.errors import BaseModelError, ConfigError, EngineUnavailable
@@ -32,7 +34,7 @@ class EngineClient:
     """Spawns `command` with `--socket ADDRESS`, the config as a line of JSON on its stdin.
 
     `receive` is called, on the event loop, with every message but Ready. What the engine writes is passed on to
-    stderr; the `error: …` line of its start is kept for the error that is raised instead.
+    stderr, in the config's format; the `error: …` line of its start is kept for the error that is raised instead.
     """
 
     def __init__(self, command: Sequence[str], config: EngineConfig, receive: Callable[[ToFrontend], None]) -> None:
@@ -170,6 +172,8 @@ class EngineClient:
         if text.startswith("error: ") and not self._ready.done():
             self._error_line = text.removeprefix("error: ").strip()
             return
+        if self._config.log_format == logs.JSON:
+            text = logs.as_json_line(text, "engine", time.time())
         with contextlib.suppress(OSError, ValueError):  # our own stderr may be gone
             sys.stderr.write(text)
             sys.stderr.flush()

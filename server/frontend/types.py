@@ -57,9 +57,9 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What is new since the last one. `adapter_digest` ("" for the base) is what really serves the request, `serving`
-    how; neither changes within it. The last one has `finish_reason` ("stop" or "length"), `usage`, `timings` and
-    `trained_quantization`: what the base was held in when the adapter was trained, if that is known and is not what it
-    is held in now, else ""."""
+    how; neither changes within it. The first and the last have `usage` and `timings`, as they are then. The last one
+    has `finish_reason` ("stop" or "length") and `trained_quantization`: what the base was held in when the adapter was
+    trained, if that is known and is not what it is held in now, else ""."""
 
     text: str
     token_ids: list[int]

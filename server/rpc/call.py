@@ -1,8 +1,9 @@
-"""One RPC from its arrival to its end: its status, its metrics, and the count that a graceful stop waits for."""
+"""One RPC from its arrival to its end: its status, its metrics, who hears of it, and the count that a graceful stop
+waits for."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,9 +12,12 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from adapters.errors import LorikeetError
+from adapters.ids import parse_adapter_id
 from server.errors import ShuttingDown
+from server.frontend.types import Delta, GenerateRequest
 from server.metrics import Metrics
-from server.rpc.status import status_of, unexpected_status
+from server.rpc.record import REQUEST_ID_METADATA, CallRecord, Generation, Observer, request_id_of
+from server.rpc.status import status_of, unexpected
 
 # A client ends its call by its own clock, which began before the server's: with less than this left (seconds), a
 # call that is cancelled was late.
@@ -26,11 +30,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Calls:
-    """The calls in progress. `drain` refuses new ones; `idle` waits for those that run."""
+    """The calls in progress. `drain` refuses new ones; `idle` waits for those that run. The observers hear of each when
+    it has ended, in their order; with `keeps_texts` its record has what was generated."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        observers: Sequence[Observer] = (),
+        *,
+        keeps_texts: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.metrics = metrics
+        self.keeps_texts = keeps_texts
         self.clock = clock
+        self._observers = tuple(observers)
         self.draining = False
         self._num_active = 0
         self._idle = asyncio.Event()
@@ -53,33 +67,46 @@ class Calls:
         if self._num_active == 0:
             self._idle.set()
 
+    def ended(self, record: CallRecord) -> None:
+        """Counts it, and tells the observers."""
+        _count(self.metrics, record)
+        for observer in self._observers:
+            observer.ended(record)
+
 
 class Call:
     """One call, entered when its handler starts: `async with Call(…) as call`.
 
-    Whatever leaves the block ends the call with the right status and is counted. What the handler learns on the
-    way it sets: `adapter`, the name of the adapter once it is known to exist ("" the base, None not known), and
-    `queue_seconds`.
+    Whatever leaves the block ends the call with the right status, and once: it is counted, and the observers hear of
+    it. What the handler learns on the way it puts into `record`.
     """
 
-    __slots__ = ("_arrival", "_calls", "_context", "_method", "adapter", "queue_seconds", "write")
+    __slots__ = ("_arrival", "_calls", "_context", "record", "write")
 
-    def __init__(self, calls: Calls, method: str, context: Context) -> None:
+    def __init__(self, calls: Calls, service: str, method: str, context: Context) -> None:
         self._calls = calls
-        self._method = method
         self._context = context
         self._arrival = calls.clock()
-        self.adapter: str | None = None
-        self.queue_seconds: float | None = None
+        texts = ((key, value) for key, value in context.invocation_metadata() or () if isinstance(value, str))
+        metadata = dict(texts)
+        self.record = CallRecord(service, method, metadata, request_id_of(metadata))
         self.write = context.write  # sends a message of a stream; waits while the client's window is full
 
-    def metadata(self, key: str) -> str | None:
-        """The last value of a metadata key that is not binary; None without."""
-        value = None
-        for name, text in self._context.invocation_metadata() or ():
-            if name == key:
-                value = text if isinstance(text, str) else text.decode("ascii", errors="replace")
-        return value
+    def begin(self, request: GenerateRequest) -> None:
+        """It is a generation, and well formed."""
+        self.record.request_id = request.request_id
+        self.record.generation = Generation(request, [] if self._calls.keeps_texts else None)
+
+    def add(self, delta: Delta) -> None:
+        """What is new of a generation that has begun. On the path of every token."""
+        record = self.record
+        generation = record.generation
+        assert generation is not None, "a delta of a generation that has not begun"
+        if generation.first_token is None:
+            adapter_id = generation.request.adapter_id
+            record.adapter = parse_adapter_id(adapter_id).name if adapter_id else ""
+            record.digest = delta.adapter_digest
+        generation.add(delta, self._elapsed)
 
     def refuse_if_draining(self) -> None:
         """Raises ShuttingDown when the server is stopping."""
@@ -100,43 +127,57 @@ class Call:
 
     async def _end(self, error: BaseException | None) -> None:
         if error is None:
-            self._count("OK")
+            self._context.set_trailing_metadata(self._trailing())
+            self._ended("OK")
         elif isinstance(error, asyncio.CancelledError) or self._context.done():  # the client left, or time is up
-            self._count("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
+            self._ended("DEADLINE_EXCEEDED" if self._is_late() else "CANCELLED")
         elif isinstance(error, grpc.aio.InternalError):  # a message did not go: the client left, or refuses its size
-            self._count("CANCELLED")
+            self._ended("CANCELLED")
             raise asyncio.CancelledError from error  # which gRPC takes for an end that needs no status
-        elif isinstance(error, LorikeetError):
-            self._count(error.code)
-            if self.adapter is None:
-                self._calls.metrics.rejected(error.reason)
-            await self._abort(status_of(error))
         else:
-            self._count("INTERNAL")
-            await self._abort(unexpected_status(error))
+            is_known = isinstance(error, LorikeetError)
+            public = error if isinstance(error, LorikeetError) else unexpected(error)
+            self._ended(public.code, public)
+            if is_known and self.record.adapter is None:
+                self._calls.metrics.rejected(public.reason)
+            await self._abort(status_of(public))
 
     async def _abort(self, status: Status) -> None:
         """Ends the call with a status. It queues behind messages that the client has yet to read: one that never
         reads gets it never, and is not waited for."""
+        sent = rpc_status.to_status(status)
+        trailing = (*sent.trailing_metadata, *self._trailing())
         try:
             async with asyncio.timeout(ABORT_SECONDS):
-                await self._context.abort_with_status(rpc_status.to_status(status))
+                await self._context.abort(sent.code, sent.details, trailing)
         except TimeoutError:
             raise asyncio.CancelledError from None
+
+    def _trailing(self) -> tuple[tuple[str, str]]:
+        return ((REQUEST_ID_METADATA, self.record.request_id),)
+
+    def _elapsed(self) -> float:
+        return self._calls.clock() - self._arrival
 
     def _is_late(self) -> bool:
         remaining = self._context.time_remaining()
         return remaining is not None and remaining <= CLOCK_SLACK
 
-    def _count(self, code: str) -> None:
-        metrics, seconds = self._calls.metrics, self._calls.clock() - self._arrival
-        if self.adapter is None:
-            metrics.request_without_adapter(method=self._method, code=code, seconds=seconds)
-        else:
-            metrics.request_done(
-                method=self._method,
-                code=code,
-                adapter=self.adapter,
-                seconds=seconds,
-                queue_seconds=self.queue_seconds,
-            )
+    def _ended(self, code: str, error: LorikeetError | None = None) -> None:
+        record = self.record
+        record.code, record.seconds, record.error = code, self._elapsed(), error
+        self._calls.ended(record)
+
+
+def _count(metrics: Metrics, record: CallRecord) -> None:
+    if record.adapter is None:
+        metrics.request_without_adapter(method=record.method, code=record.code, seconds=record.seconds)
+        return
+    timings = record.generation.timings if record.generation is not None else None
+    metrics.request_done(
+        method=record.method,
+        code=record.code,
+        adapter=record.adapter,
+        seconds=record.seconds,
+        queue_seconds=None if timings is None else timings.queue,
+    )

@@ -4,7 +4,6 @@ Only structure is checked here (a prompt is set, a request id is well formed); r
 """
 
 import re
-import uuid
 from collections.abc import Sequence
 
 from adapters.versions import Version
@@ -52,11 +51,11 @@ _RESIDENCIES = {
 }
 
 
-def generate_request(message: AnyGenerateRequest) -> GenerateRequest:
-    """A request with an id: its own, or a new one. Raises InvalidRequest."""
+def generate_request(message: AnyGenerateRequest, request_id: str) -> GenerateRequest:
+    """A request with an id: its own or, without one, `request_id`. Raises InvalidRequest."""
     stopping = message.stopping
     return GenerateRequest(
-        request_id=_request_id(message.request_id),
+        request_id=_request_id(message.request_id, request_id),
         adapter_id=message.adapter_id,
         prompt=_prompt(message),
         sampling=_sampling(message.sampling),
@@ -186,9 +185,9 @@ def server_info(
     )
 
 
-def _request_id(given: str) -> str:
+def _request_id(given: str, otherwise: str) -> str:
     if not given:
-        return uuid.uuid4().hex
+        return otherwise
     if _REQUEST_ID.fullmatch(given) is None:
         raise InvalidRequest("request_id", "must be at most 128 characters of A-Z a-z 0-9 . _ : -")
     return given

@@ -20,6 +20,9 @@ from server.rpc.call import Call, Calls, Context
 # Takes the request and its call. A unary method returns the response; a streaming one sends with `call.write`.
 Method = Callable[[Any, Call], Awaitable[Message | None]]
 
+# Where a request says which adapter it is about.
+ADAPTER_FIELDS = ("adapter_id", "name")
+
 
 def service_handler(
     service: ServiceDescriptor, methods: Mapping[str, Method], calls: Calls, *, while_draining: bool = False
@@ -36,8 +39,13 @@ def service_handler(
 def _method_handler(
     descriptor: MethodDescriptor, method: Method, calls: Calls, while_draining: bool
 ) -> "grpc.RpcMethodHandler[Any, Any]":
+    service, name = descriptor.containing_service.full_name, descriptor.name
+    adapter_field = next((field for field in ADAPTER_FIELDS if field in descriptor.input_type.fields_by_name), None)
+
     async def handle(request: Message | InvalidRequest, context: Context) -> Message | None:
-        async with Call(calls, descriptor.name, context) as call:
+        async with Call(calls, service, name, context) as call:
+            if adapter_field is not None and not isinstance(request, InvalidRequest):
+                call.record.adapter_id = getattr(request, adapter_field)
             if not while_draining:
                 call.refuse_if_draining()
             if isinstance(request, InvalidRequest):

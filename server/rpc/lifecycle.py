@@ -21,6 +21,7 @@ from server.rpc.backend import Backend, Catalog
 from server.rpc.call import Calls
 from server.rpc.handlers import service_handler
 from server.rpc.listener import listen
+from server.rpc.record import Observer
 
 # Time for the last messages of calls that have ended, and for health watchers, to leave the process.
 FLUSH_SECONDS = 0.3
@@ -38,12 +39,13 @@ async def run(
     backend: Backend,
     catalog: Catalog,
     metrics: Metrics,
+    observers: Sequence[Observer] = (),
     *,
     on_started: Callable[[int, int], None],
 ) -> None:
-    """`serve` with its parts given. Listens (not yet SERVING) before the backend starts: a port in use is found
-    before a model is loaded, and probes are answered meanwhile."""
-    calls = Calls(metrics)
+    """`serve` with its parts given; the observers hear of each call. Listens (not yet SERVING) before the backend
+    starts: a port in use is found before a model is loaded, and probes are answered meanwhile."""
+    calls = Calls(metrics, observers, keeps_texts=config.log_prompts)
     checks = health.Health([service.full_name for service in SERVICES])
     loop = asyncio.get_running_loop()
 

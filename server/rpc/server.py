@@ -1,6 +1,7 @@
 """Where a serving process is put together: metrics, front end, gRPC."""
 
 import contextlib
+import os
 import resource
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from server.config import ServeConfig
 from server.frontend.frontend import Frontend
 from server.metrics import Metrics
 from server.rpc.lifecycle import run
+from server.rpc.observers import observing
 
 
 async def serve(
@@ -18,12 +20,13 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then let what runs finish within `config.grace` seconds; a second signal ends
     at once. `on_started` is called with the gRPC and the metrics port when requests are taken.
 
-    Raises ConfigError for a port that cannot be had, EngineUnavailable when the engine does not start.
+    Raises ConfigError for a port or a collector that cannot be had, EngineUnavailable when the engine does not start.
     """
     _allow_many_files()
     metrics = Metrics()
     backend = Frontend(config, base, registry, metrics)
-    await run(config, base, backend, backend.catalog, metrics, on_started=on_started)
+    async with observing(config, os.environ) as observers:
+        await run(config, base, backend, backend.catalog, metrics, observers, on_started=on_started)
 
 
 def _allow_many_files() -> None:

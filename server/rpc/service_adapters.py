@@ -150,7 +150,7 @@ class AdapterService:
         name = _checked("name", check_name, message.name)
         digest = _checked("digest", check_digest, message.digest) if message.digest else None
         digests = await self._backend.delete_adapter(name, digest, drain=_drains(message.mode))
-        call.adapter = name
+        call.record.adapter = name
         return adapter_pb2.DeleteAdapterResponse(digests=digests)
 
     async def _stream(self, work: Callable[[OnProgress], Awaitable[T]], response: Progressing, call: Call) -> T:
@@ -167,7 +167,7 @@ class AdapterService:
             await asyncio.wait((task,))
 
     def _noted(self, version: Version, call: Call) -> adapter_pb2.Adapter:
-        call.adapter = version.name
+        call.record.adapter, call.record.digest = version.name, version.digest
         return self._adapter(version)
 
     def _adapter(self, version: Version) -> adapter_pb2.Adapter:

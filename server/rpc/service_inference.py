@@ -6,7 +6,6 @@ from contextlib import aclosing
 
 from google.protobuf.message import Message
 
-from adapters.ids import parse_adapter_id
 from lorikeet.v1 import inference_pb2
 from server.errors import InvalidRequest, StreamStalled
 from server.frontend.types import Delta, GenerateRequest
@@ -34,9 +33,11 @@ class InferenceService:
 
     async def generate(self, message: inference_pb2.GenerateRequest, call: Call) -> Message:
         request = _request(message, call)
+        deltas: list[Delta] = []
         async with aclosing(self._backend.generate(request)) as generation:
-            deltas = [delta async for delta in generation]
-        _note(deltas[-1], request, call)
+            async for delta in generation:
+                call.add(delta)
+                deltas.append(delta)
         return convert.whole_response(deltas, request.request_id)
 
     async def stream_generate(self, message: inference_pb2.StreamGenerateRequest, call: Call) -> None:
@@ -44,8 +45,7 @@ class InferenceService:
         request_id = request.request_id
         async with aclosing(self._backend.generate(request)) as generation:
             async for delta in generation:
-                if call.adapter is None or delta.finish_reason is not None:
-                    _note(delta, request, call)
+                call.add(delta)
                 await self._send(convert.stream_response(delta, request_id), call)
 
     async def _send(self, message: Message, call: Call) -> None:
@@ -59,14 +59,9 @@ class InferenceService:
 
 def _request(message: convert.AnyGenerateRequest, call: Call) -> GenerateRequest:
     """Raises InvalidRequest; also for an adapter in the metadata that is not the request's."""
-    routed = call.metadata(ADAPTER_METADATA)
-    if routed is not None and routed != message.adapter_id:
+    record = call.record
+    if record.metadata.get(ADAPTER_METADATA, message.adapter_id) != message.adapter_id:
         raise InvalidRequest("adapter_id", f"differs from the adapter in the metadata key {ADAPTER_METADATA}")
-    return convert.generate_request(message)
-
-
-def _note(delta: Delta, request: GenerateRequest, call: Call) -> None:
-    """What a delta tells about the call: that its adapter exists, and at the end how long it waited."""
-    call.adapter = parse_adapter_id(request.adapter_id).name if request.adapter_id else ""
-    if delta.timings is not None:
-        call.queue_seconds = delta.timings.queue
+    request = convert.generate_request(message, record.request_id)
+    call.begin(request)
+    return request

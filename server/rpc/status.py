@@ -55,11 +55,11 @@ def status_of(error: LorikeetError) -> status_pb2.Status:
     return status
 
 
-def unexpected_status(error: BaseException) -> status_pb2.Status:
-    """The status of an error that is ours: it is logged under an id, and the id is all the client gets."""
+def unexpected(error: BaseException) -> LorikeetError:
+    """What a client hears of an error that is ours: it is logged under an id, and the id is all the client gets."""
     error_id = uuid.uuid4().hex[:12]
     _logger.error("internal error %s", error_id, exc_info=error)
-    return status_of(LorikeetError(f"internal error; the server's log has it as {error_id}", error_id=error_id))
+    return LorikeetError(f"internal error; the server's log has it as {error_id}", error_id=error_id)
 
 
 def cut(text: str, max_bytes: int) -> str:

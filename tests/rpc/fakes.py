@@ -24,6 +24,7 @@ from server.engine.messages import CallProgress, MergeReport, Ready, ResidentAda
 from server.frontend.types import Delta, GenerateRequest, MergeOptions, OnProgress, Residency, Usage
 from server.metrics import Metrics
 from server.rpc.lifecycle import run
+from server.rpc.record import Observer
 
 DIGEST = "sha256:" + "a" * 64
 BASE_DIGEST = "sha256:" + "b" * 64
@@ -289,7 +290,10 @@ def interrupt() -> None:
 
 @asynccontextmanager
 async def serving(
-    backend: FakeBackend, catalog: FakeCatalog | None = None, **settings: object
+    backend: FakeBackend,
+    catalog: FakeCatalog | None = None,
+    observers: Sequence[Observer] = (),
+    **settings: object,
 ) -> AsyncIterator[Running]:
     """A server with CONFIG and `settings`, stopped by SIGTERM at the end."""
     started: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
@@ -301,6 +305,7 @@ async def serving(
             backend,
             catalog or FakeCatalog(),
             metrics,
+            observers,
             on_started=lambda port, metrics_port: started.set_result((port, metrics_port)),
         )
     )

@@ -61,4 +61,4 @@ def _is_request_or_refused(parse: Callable[[bytes], Message | InvalidRequest], d
         return
     assert isinstance(message, inference_pb2.GenerateRequest)
     with contextlib.suppress(InvalidRequest):
-        generate_request(message)
+        generate_request(message, "id")

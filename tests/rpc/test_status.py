@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import server.errors  # the rest of the tree
 from adapters.errors import InvalidAdapter, InvalidAdapterId, InvalidPage, LorikeetError
 from server.errors import InvalidRequest, ServerBusy
-from server.rpc.status import cut, status_of, unexpected_status
+from server.rpc.status import cut, status_of, unexpected
 
 assert server.errors
 
@@ -112,7 +112,7 @@ def test_cut_text_is_a_start_of_it_and_fits(text: str, limit: int) -> None:
 
 def test_an_unexpected_error_is_logged_and_not_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
-        status = unexpected_status(RuntimeError("password"))
+        status = status_of(unexpected(RuntimeError("password")))
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
     assert b"password" not in status.SerializeToString()
