@@ -1,7 +1,7 @@
 """Which tensors of an adapter belong to which layers of the base, established by checking everything.
 
-`read_layout` is the one gate: publishing and loading both go through it. What it returns can be served as it
-is; whatever could make the result silently wrong raises, with all faults listed.
+`layout_of` is the one gate: publishing and loading both go through it. With the values looked at, what it returns can
+be served as it is; whatever could make the result silently wrong raises, with all faults listed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,16 +15,19 @@ from adapters.validation import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Limits,
+    RawHeader,
     TensorEntry,
     common_dtype,
     opened,
-    read_header,
-    read_json,
+    parse_header,
+    parse_json,
+    read_bounded,
+    read_raw_header,
     refuse,
     scan,
 )
 
-__all__ = ["AdapterLayout", "Limits", "LoraModule", "read_layout"]
+__all__ = ["AdapterHead", "AdapterLayout", "Limits", "LoraModule", "layout_of", "read_head", "read_layout"]
 
 _PREFIX = "base_model.model."
 
@@ -55,40 +58,60 @@ class AdapterLayout:
     tensors: Mapping[str, TensorEntry] = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterHead:
+    """All that a layout follows from: the config, and the header of the weights with the length of their file."""
+
+    config: bytes
+    weights: RawHeader
+
+
+def read_head(config_fd: int, weights_fd: int, limits: Limits = Limits()) -> AdapterHead:  # noqa: B008  (frozen)
+    """The head of an adapter's open files. Nothing is parsed. Raises InvalidAdapter where a limit is passed."""
+    config = read_bounded(config_fd, CONFIG_FILE, limits.max_config_bytes)
+    return AdapterHead(config, read_raw_header(weights_fd, limits))
+
+
 def read_layout(
     directory: Path,
     linears: Mapping[str, tuple[int, int]],
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     *,
     allow_zero: bool = False,
-    scan_values: bool = True,
 ) -> AdapterLayout:
     """Check an adapter's directory against a base and say where each tensor goes. Reads every byte once.
 
     `linears` are the base's linear layers: path → (out_features, in_features). `allow_zero` takes an adapter
-    that changes nothing (its B, A or scaling is zero everywhere). Without `scan_values` no value is read: for a
-    caller that looks for NaN and infinity itself. Raises InvalidAdapter, or UnsupportedAdapter when the files
-    are well formed and ask for what is not honoured.
+    that changes nothing (its B, A or scaling is zero everywhere). Raises InvalidAdapter, or UnsupportedAdapter when
+    the files are well formed and ask for what is not honoured.
     """
-    with opened(directory / CONFIG_FILE) as fd:
-        config = read_json(fd, CONFIG_FILE, limits.max_config_bytes)
-    with opened(directory / WEIGHTS_FILE) as fd:
-        entries = {entry.name: entry for entry in read_header(fd, limits)}
-        unsupported = unsupported_settings(config)
-        settings = parse_settings(config, limits.max_rank) if not unsupported else None
-        if isinstance(settings, LoraSettings):
-            unsupported += [
-                f"{CONFIG_FILE}: target_modules takes in {path}, and adapters of embeddings are not supported"
-                for path in _targets(settings, EMBEDDINGS)
-            ]
-        unsupported += [f"{name}: {kind} is not supported" for name in entries if (kind := _unsupported_kind(name))]
-        if unsupported:
-            raise refuse(*unsupported, kind=UnsupportedAdapter)
-        if not isinstance(settings, LoraSettings):
-            raise refuse(*(settings or ()))
-        modules = _bind(settings, entries, linears)
-        if scan_values:
-            _check_values(fd, modules, entries, allow_zero)
+    with opened(directory / CONFIG_FILE) as config_fd, opened(directory / WEIGHTS_FILE) as fd:
+        layout = layout_of(read_head(config_fd, fd, limits), linears, limits)
+        _check_values(fd, layout.modules, layout.tensors, allow_zero)
+    return layout
+
+
+def layout_of(
+    head: AdapterHead,
+    linears: Mapping[str, tuple[int, int]],
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+) -> AdapterLayout:
+    """All of `read_layout` but the values, which are for the caller to look at."""
+    config = parse_json(head.config, CONFIG_FILE)
+    entries = {entry.name: entry for entry in parse_header(head.weights, limits)}
+    unsupported = unsupported_settings(config)
+    settings = parse_settings(config, limits.max_rank) if not unsupported else None
+    if isinstance(settings, LoraSettings):
+        unsupported += [
+            f"{CONFIG_FILE}: target_modules takes in {path}, and adapters of embeddings are not supported"
+            for path in _targets(settings, EMBEDDINGS)
+        ]
+    unsupported += [f"{name}: {kind} is not supported" for name in entries if (kind := _unsupported_kind(name))]
+    if unsupported:
+        raise refuse(*unsupported, kind=UnsupportedAdapter)
+    if not isinstance(settings, LoraSettings):
+        raise refuse(*(settings or ()))
+    modules = _bind(settings, entries, linears)
     dtype = common_dtype({entry.dtype for entry in entries.values()})
     return AdapterLayout(modules=modules, dtype=dtype, tensors=entries)
 

@@ -107,10 +107,15 @@ def _missing(path: Path) -> str:
 
 def read_json(fd: int, where: str, max_bytes: int) -> dict[str, Any]:
     """The JSON object in an open file, without doubled keys, NaN or infinity; `where` names it in the error."""
+    return parse_json(read_bounded(fd, where, max_bytes), where)
+
+
+def read_bounded(fd: int, where: str, max_bytes: int) -> bytes:
+    """All of an open file."""
     size = os.fstat(fd).st_size
     if size > max_bytes:
         raise refuse(f"{where}: {size} bytes; at most {max_bytes} are taken")
-    return parse_json(os.pread(fd, size, 0), where)
+    return os.pread(fd, size, 0)
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -150,22 +155,41 @@ def _finite(text: str) -> float:
 
 def read_header(fd: int, limits: Limits) -> list[TensorEntry]:
     """The tensors of an open safetensors file, in file order, each checked against the format and the limits."""
+    return parse_header(read_raw_header(fd, limits), limits)
+
+
+@dataclass(frozen=True, slots=True)
+class RawHeader:
+    """All that precedes the data in a safetensors file, and the length of that file."""
+
+    raw: bytes
+    file_size: int
+
+
+def read_raw_header(fd: int, limits: Limits) -> RawHeader:
+    """Of an open file, which may be anything. Nothing is parsed."""
     size = os.fstat(fd).st_size
     if size > limits.max_bytes:
         raise refuse(f"{WEIGHTS_FILE}: {size} bytes; at most {limits.max_bytes} are taken")
-    _refuse_other_formats(os.pread(fd, 64, 0), size)
-    length = int.from_bytes(os.pread(fd, 8, 0), "little")
+    head = os.pread(fd, 64, 0)
+    _refuse_other_formats(head, size)
+    length = int.from_bytes(head[:8], "little")
     if length > limits.max_header_bytes:
         raise refuse(f"{WEIGHTS_FILE}: its header says {length} bytes; at most {limits.max_header_bytes} are taken")
     if 8 + length > size:
         raise refuse(f"{WEIGHTS_FILE}: truncated within its header ({size} bytes of {8 + length})")
-    header = parse_json(os.pread(fd, length, 8), f"{WEIGHTS_FILE}: header")
-    metadata = header.pop("__metadata__", {})
+    return RawHeader(os.pread(fd, 8 + length, 0), size)
+
+
+def parse_header(header: RawHeader, limits: Limits) -> list[TensorEntry]:
+    """The tensors that a header names, as `read_header`."""
+    described = parse_json(header.raw[8:], f"{WEIGHTS_FILE}: header")
+    metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise refuse(f"{WEIGHTS_FILE}: __metadata__ must map strings to strings")
-    if len(header) > limits.max_tensors:
-        raise refuse(f"{WEIGHTS_FILE}: {len(header)} tensors; at most {limits.max_tensors} are taken")
-    return _entries(header, data_start=8 + length, file_size=size)
+    if len(described) > limits.max_tensors:
+        raise refuse(f"{WEIGHTS_FILE}: {len(described)} tensors; at most {limits.max_tensors} are taken")
+    return _entries(described, data_start=len(header.raw), file_size=header.file_size)
 
 
 def _refuse_other_formats(head: bytes, size: int) -> None:

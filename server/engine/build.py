@@ -26,10 +26,9 @@ from server.engine.runner import DecodeGraphs, Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
 from server.errors import BaseModelError, ConfigError
-from server.kernels import Scratch
 from server.lora.pace import Pace
 from server.lora.pool import AdapterPool
-from server.lora.weights import Identity, load_adapter
+from server.lora.weights import AdapterLoader, Identity
 from server.model.attention import AttentionBackend, TorchAttention
 from server.model.kv_cache import KVCache, kv_bytes_per_token
 from server.model.loader import DTYPES, load_weights
@@ -87,18 +86,11 @@ def build_engine(
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
-    pace, scratch = Pace(), Scratch()
+    pace = Pace()
+    loader = AdapterLoader(spec, dtype, pin=device.type == "cuda", pace=pace)
     adapters = AdapterCache(
         pool,
-        lambda adapter: load_adapter(
-            Path(adapter.path),
-            spec,
-            dtype,
-            Identity(adapter.digest, config.base_digest),
-            pin=device.type == "cuda",
-            pace=pace,
-            scratch=scratch,
-        ),
+        lambda adapter: loader.load(Path(adapter.path), Identity(adapter.digest, config.base_digest)),
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from adapters.content import content_digest
 from adapters.errors import InvalidAdapter
-from adapters.layout import AdapterLayout, LoraModule, read_layout
+from adapters.layout import AdapterHead, layout_of, read_head, read_layout
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, TensorEntry, opened, refuse
 from server.base.spec import ModelSpec
 from server.kernels import Scratch, reserve
 from server.lora.pace import Pace
 
+_RUN_ELEMENTS = 1 << 18  # packed at once: what stays in a core's cache, and takes less than a millisecond
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -71,43 +73,102 @@ class Identity:
     base_digest: str
 
 
-def load_adapter(
-    directory: Path,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    identity: Identity | None = None,
-    pin: bool = False,
-    pace: Pace | None = None,
-    scratch: Scratch | None = None,
-) -> PackedAdapter:
-    """Read, check and pack a PEFT directory, in page-locked memory with `pin`. Raises InvalidAdapter or
-    UnsupportedAdapter listing the faults; also when the bytes that were read are not those of `identity`. What
-    computes keeps to `pace`; what waits for a disk does not. Files are read into `scratch`.
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One projection in neighbouring layers, `first` and on, that are packed alike. `a` and `b` say which of the file's
+    tensors theirs are."""
+
+    group: str
+    slice: int
+    rank: int
+    scaling: float
+    first: int
+    a: list[int]
+    b: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How an adapter's file is packed: its tensors, in the order of the file, and what goes where."""
+
+    entries: Sequence[TensorEntry]
+    rank: int
+    runs: Sequence[_Run]
+
+
+def load_adapter(directory: Path, spec: ModelSpec, dtype: torch.dtype) -> PackedAdapter:
+    """`AdapterLoader.load` for one adapter."""
+    return AdapterLoader(spec, dtype).load(directory)
+
+
+class AdapterLoader:
+    """Reads, checks and packs adapters of one base, in page-locked memory with `pin`; safe from any thread. What
+    computes keeps to `pace`; what waits for a disk does not. Memory that files are read into is used again, and what
+    adapters with the same config and header have in common is worked out once.
     """
-    pace, scratch = pace or Pace(), scratch or Scratch()
-    with pace:
-        # Whether an adapter without effect is wanted was decided when it was published; values are looked at below.
-        layout = read_layout(directory, spec.linears(), allow_zero=True, scan_values=False)
-    entries = list(layout.tensors.values())
-    rank = max(module.rank for module in layout.modules.values())
-    with scratch.take(_data_bytes(entries)) as data:
-        with opened(directory / WEIGHTS_FILE) as fd:
-            _read_data(fd, entries, data)
-            header = _read_header_bytes(fd, entries)
-        with pace, ThreadPoolExecutor(1, "adapter-hasher") as beside:
-            hashing = beside.submit(_digest, identity.base_digest, directory, header, data) if identity else None
-            flat, packed = _allocate(spec, rank, dtype, pin)
-            _fill(packed, spec, layout, _as_tensors(data, entries), pace)
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, pin: bool = False, pace: Pace | None = None) -> None:
+        self._spec, self._dtype, self._pin = spec, dtype, pin
+        self._pace = pace or Pace()
+        self._scratch = Scratch()
+        self._plan = lru_cache(maxsize=8)(partial(_plan, spec))
+
+    def load(self, directory: Path, identity: Identity | None = None) -> PackedAdapter:
+        """A PEFT directory, packed. Raises InvalidAdapter or UnsupportedAdapter listing the faults; also when the bytes
+        that were read, which are those that were checked, are not those of `identity`."""
+        with opened(directory / CONFIG_FILE) as config_fd, opened(directory / WEIGHTS_FILE) as fd:
+            head = read_head(config_fd, fd)
+            # Whether an adapter without effect is wanted was decided when it was published; values are looked at below.
+            with self._pace:
+                plan = self._plan(head)
+            with self._scratch.take(_data_bytes(plan.entries)) as data:
+                _read_data(fd, plan.entries, data)
+                packed, is_finite, digest = self._pack(plan, head, data, identity)
+        if not is_finite:
+            raise _not_finite(directory, self._spec, packed, self._dtype)
+        if identity is not None and digest != identity.digest:  # last: other faults say more
+            raise refuse(
+                f"adapter {identity.digest}: the files in the store are not those that were published; "
+                "`lorikeet adapters verify` says which, importing the adapter again mends them"
+            )
+        return packed
+
+    def _pack(
+        self, plan: _Plan, head: AdapterHead, data: Tensor, identity: Identity | None
+    ) -> tuple[PackedAdapter, bool, str | None]:
+        """The adapter, whether all of it is finite, and the digest of the bytes that it came from."""
+        with self._pace, ThreadPoolExecutor(1, "adapter-hasher") as beside:
+            hashing = beside.submit(_digest, identity.base_digest, head, data) if identity else None
+            flat, packed = _allocate(self._spec, plan.rank, self._dtype, self._pin)
+            _fill(packed, plan.runs, _split(data, plan.entries), self._pace)
             low, high = torch.aminmax(flat)  # NaN shows in both
-            digest = hashing.result() if hashing is not None else None
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise _not_finite(directory, spec, packed, dtype)
-    if identity is not None and digest != identity.digest:  # last: other faults say more
-        raise refuse(
-            f"adapter {identity.digest}: the files in the store are not those that were published; "
-            "`lorikeet adapters verify` says which, importing the adapter again mends them"
-        )
-    return packed
+            is_finite = bool(torch.isfinite(low) & torch.isfinite(high))
+            return packed, is_finite, hashing.result() if hashing is not None else None
+
+
+def _plan(spec: ModelSpec, head: AdapterHead) -> _Plan:
+    """Raises InvalidAdapter or UnsupportedAdapter listing the faults."""
+    layout = layout_of(head, spec.linears())
+    entries = list(layout.tensors.values())
+    place = {entry.name: number for number, entry in enumerate(entries)}
+    runs: list[_Run] = []
+    for group in linear_groups(spec):
+        for s, (name, width) in enumerate(zip(group.modules, group.widths, strict=True)):
+            before: object = None
+            for layer in range(spec.num_layers):
+                module = layout.modules.get(f"model.layers.{layer}.{name}")
+                if module is None:
+                    before = None
+                    continue
+                a, b = place[module.a_key], place[module.b_key]
+                kind = module.rank, module.scaling, entries[a].dtype, entries[b].dtype
+                size = module.rank * max(group.in_features, width)
+                if kind != before or (len(runs[-1].a) + 1) * size > _RUN_ELEMENTS:
+                    runs.append(_Run(group.name, s, module.rank, module.scaling, layer, [], []))
+                before = kind
+                runs[-1].a.append(a)
+                runs[-1].b.append(b)
+    return _Plan(entries, max(module.rank for module in layout.modules.values()), runs)
 
 
 def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
@@ -128,20 +189,19 @@ def _read_data(fd: int, entries: Sequence[TensorEntry], data: Tensor) -> None:
         _read_into(fd, data.numpy().data, entries[0].start, entries)
 
 
-def _read_header_bytes(fd: int, entries: Sequence[TensorEntry]) -> bytes:
-    """All bytes before the data, and so the whole of a file without tensors."""
-    return os.pread(fd, entries[0].start if entries else os.fstat(fd).st_size, 0)
-
-
 def _as_tensors(data: Tensor, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
+    return {entry.name: part.view(entry.shape) for entry, part in zip(entries, _split(data, entries), strict=True)}
+
+
+def _split(data: Tensor, entries: Sequence[TensorEntry]) -> Sequence[Tensor]:
+    """Each tensor's values, in one dimension."""
     dtypes = {entry.dtype for entry in entries}
     if len(dtypes) == 1:
         whole = data.view(_DTYPES[dtypes.pop()])
-        parts = whole.split([math.prod(entry.shape) for entry in entries])
-    else:  # a view needs its start aligned
-        pieces = data.split([entry.stop - entry.start for entry in entries])
-        parts = tuple(piece.clone().view(_DTYPES[entry.dtype]) for piece, entry in zip(pieces, entries, strict=True))
-    return {entry.name: part.view(entry.shape) for entry, part in zip(entries, parts, strict=True)}
+        return torch.split(whole, [math.prod(entry.shape) for entry in entries])
+    pieces = data.split([entry.stop - entry.start for entry in entries])
+    # A view needs its start aligned.
+    return [piece.clone().view(_DTYPES[entry.dtype]) for piece, entry in zip(pieces, entries, strict=True)]
 
 
 def _read_into(fd: int, buffer: memoryview, start: int, entries: Sequence[TensorEntry]) -> None:
@@ -154,11 +214,11 @@ def _read_into(fd: int, buffer: memoryview, start: int, entries: Sequence[Tensor
         position += count
 
 
-def _digest(base_digest: str, directory: Path, header: bytes, data: Tensor) -> str:
-    """The digest of what was read: the weights, which are `header` and `data`, and the config."""
-    weights = hashlib.sha256(header)
+def _digest(base_digest: str, head: AdapterHead, data: Tensor) -> str:
+    """The digest of what was read: the config, and the weights, which are their header and `data`."""
+    weights = hashlib.sha256(head.weights.raw)
     weights.update(data.numpy().data)
-    config = hashlib.sha256((directory / CONFIG_FILE).read_bytes())
+    config = hashlib.sha256(head.config)
     return content_digest(base_digest, {CONFIG_FILE: config.hexdigest(), WEIGHTS_FILE: weights.hexdigest()})
 
 
@@ -180,42 +240,19 @@ def _allocate(spec: ModelSpec, rank: int, dtype: torch.dtype, pin: bool) -> tupl
     return flat, PackedAdapter(rank, a, b)
 
 
-def _fill(
-    packed: PackedAdapter, spec: ModelSpec, layout: AdapterLayout, tensors: Mapping[str, Tensor], pace: Pace
-) -> None:
+def _fill(packed: PackedAdapter, runs: Sequence[_Run], tensors: Sequence[Tensor], pace: Pace) -> None:
     """Copy every module's A [r, in] and scaled B [out, r] into rows [:r] of its a [rank, in] and b [rank, out]. The
     file's tensors stay as they are: they may still be being hashed."""
-    for group in linear_groups(spec):
-        for s, name in enumerate(group.modules):
-            rows_a, rows_b = packed.a[group.name][:, :, s].unbind(0), packed.b[group.name][s].unbind(0)
-            from_a, from_b, to_a, to_b, scalings = [], [], [], [], []
-            for layer, (a, b) in enumerate(zip(rows_a, rows_b, strict=True)):
-                module = layout.modules.get(f"model.layers.{layer}.{name}")
-                if module is None:
-                    continue
-                rank = module.rank
-                from_a.append(_tensor(tensors, module.a_key, (rank, a.shape[1])))
-                # Scaled in float32, or in the dtype that it stays in: rounded once.
-                file_b = _tensor(tensors, module.b_key, (b.shape[1], rank)).t()
-                from_b.append(file_b.to(_scaling_dtype(tensors, module, b)))
-                to_a.append(a if rank == packed.rank else a[:rank])
-                to_b.append(b if rank == packed.rank else b[:rank])
-                scalings.append(module.scaling)
-            if from_a:
-                torch._foreach_copy_(to_a + to_b, from_a + list(torch._foreach_mul(from_b, scalings)))
-            pace.breathe()
-
-
-def _scaling_dtype(tensors: Mapping[str, Tensor], module: LoraModule, target: Tensor) -> torch.dtype:
-    return target.dtype if tensors[module.b_key].dtype == target.dtype else torch.float32
-
-
-def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
-    """Raises InvalidAdapter if the file is no longer what was checked."""
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != shape:
-        raise refuse(f"{name}: changed while it was read")
-    return tensor
+    for run in runs:
+        layers = slice(run.first, run.first + len(run.a))
+        to_a = packed.a[run.group][layers, : run.rank, run.slice]  # [n, r, in]
+        to_b = packed.b[run.group][run.slice][layers, : run.rank]  # [n, r, out]
+        to_a.copy_(torch.stack([tensors[number] for number in run.a]).view(to_a.shape))
+        b = torch.stack([tensors[number] for number in run.b]).view(len(run.b), -1, run.rank)
+        # Scaled in float32, or in the dtype that it stays in: rounded once.
+        scaled = b.to(b.dtype if b.dtype == to_b.dtype else torch.float32).mul_(run.scaling)
+        to_b.copy_(scaled.transpose(1, 2))
+        pace.breathe()
 
 
 def _not_finite(directory: Path, spec: ModelSpec, packed: PackedAdapter, dtype: torch.dtype) -> InvalidAdapter:
