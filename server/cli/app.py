@@ -12,6 +12,7 @@ from adapters.errors import LorikeetError
 from server.cli import adapters, exits
 from server.cli.exits import ExitCode, Failure, one_line
 from server.cli.generate import generate
+from server.cli.health import health
 from server.cli.info import info
 from server.cli.options import Debug, Invocation, help_if_alone
 from server.cli.output import print_note
@@ -31,7 +32,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(_root)
-    for command in (serve, generate, info, quantize):
+    for command in (serve, generate, info, health, quantize):
         app.command()(command)
     app.add_typer(adapters.build_app(), name="adapters")
     return app
