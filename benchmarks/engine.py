@@ -4,8 +4,12 @@
 
 A case is batch × adapters: `batch` sequences over as many distinct adapters (0: none), greedy, with random prompts.
 `prefill_ms` is the time to all first tokens; `step_ms` is that of one decode step, from the difference of two runs.
-Each time is the median of `--repeats`. `--adapters` holds PEFT directories a0, a1, …; random ones of rank 8 are made
-when it is absent. On a GPU, as the peers are timed: `--device cuda --prompt 512 --new 256 --max-batch-tokens 8192`.
+Each time is the median of `--repeats`. `--adapters` holds PEFT directories a0, a1, …; random ones of `--ranks` are made
+when it is absent. `adapter_bytes` are the weights of a case's adapters, each at its own rank: what a decode step reads
+for them, once each, beside the base's. With `--merge`, the cases without adapters are timed once more when a0 is merged
+into the base and all requests are for it (`mode` ends in `-merged`).
+
+On a GPU, as the peers are timed: `--device cuda --prompt 512 --new 256 --max-batch-tokens 8192`.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import torch
 from adapters.content import content_digest
 from adapters.files import hash_file
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
-from benchmarks.live import surroundings
+from benchmarks.live import adapter_bytes, surroundings
 from benchmarks.random_adapters import write_random_adapters
 from server.base.resolve import BaseModel, resolve_base
 from server.config import EngineConfig
@@ -33,6 +37,7 @@ from server.engine.messages import (
     AdapterRef,
     CallDone,
     LoadAdapter,
+    MergeAdapter,
     RequestFailed,
     SamplingParams,
     StepOutputs,
@@ -55,6 +60,9 @@ class Collector:
 
     def receive(self, timeout: float) -> Iterable[ToEngine]:
         return ()
+
+    def wake(self) -> None:
+        pass
 
     def send(self, message: ToFrontend) -> None:
         match message:
@@ -81,24 +89,55 @@ class Bench:
         self._adapters = adapters
         self._prompt = prompt
         self._rng = random.Random(0)
+        self._num_submitted = 0
         for index, adapter in enumerate(adapters):
             engine.handle(LoadAdapter(str(index), adapter))
-        while collector.calls_done < len(adapters):
-            engine.step()
-            time.sleep(0.001)  # leave the interpreter to the thread that reads them
+        self._await_calls(len(adapters))
+
+    def merge(self) -> None:
+        """Merge the first adapter into the base, whatever that does to it."""
+        calls, (probe,) = self._collector.calls_done, self._prompts(1)
+        self._engine.handle(MergeAdapter("merge", self._adapters[0], probe, drain_seconds=60.0, force=True))
+        self._await_calls(calls + 1)
+
+    def _await_calls(self, count: int) -> None:
+        while self._collector.calls_done < count:
+            self._engine.step()
+            time.sleep(0.001)  # leave the interpreter to the threads that work on them
 
     def run(self, batch: int, new: int, adapters: int) -> float:
         """Seconds for `batch` sequences of `new` tokens each."""
-        sampling, stopping = SamplingParams(temperature=0.0, seed=0), StopParams(max_tokens=new, ignore_eos=True)
-        ended = self._collector.num_ended
-        prompts = [[self._rng.randrange(1000, self._vocab) for _ in range(self._prompt)] for _ in range(batch)]
+        prompts = self._prompts(batch)
         began = time.perf_counter()
+        self._submit(prompts, new, adapters)
+        self.finish()
+        return time.perf_counter() - began
+
+    def submit(self, batch: int, adapters: int, new: int) -> None:
+        """Have `batch` sequences of `new` tokens each begin with the next step."""
+        self._submit(self._prompts(batch), new, adapters)
+
+    def step(self, count: int) -> None:
+        """So many steps, to the end of what they start on the device."""
+        for _ in range(count):
+            self._engine.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def finish(self) -> None:
+        """Step until all sequences have ended."""
+        while self._collector.num_ended < self._num_submitted:
+            self._engine.step()
+
+    def _prompts(self, batch: int) -> list[list[int]]:
+        return [[self._rng.randrange(1000, self._vocab) for _ in range(self._prompt)] for _ in range(batch)]
+
+    def _submit(self, prompts: list[list[int]], new: int, adapters: int) -> None:
+        sampling, stopping = SamplingParams(temperature=0.0, seed=0), StopParams(max_tokens=new, ignore_eos=True)
         for i, prompt in enumerate(prompts):
             adapter = self._adapters[i % adapters] if adapters else None
             self._engine.handle(Submit(f"{i}", prompt, sampling, stopping, adapter))
-        while self._collector.num_ended < ended + batch:
-            self._engine.step()
-        return time.perf_counter() - began
+        self._num_submitted += len(prompts)
 
     def case(self, batch: int, adapters: int, new: int, repeats: int) -> dict[str, object]:
         self.run(batch, 4, adapters)
@@ -129,19 +168,35 @@ def accelerator(device: str) -> dict[str, object]:
     return {"hardware": torch.cuda.get_device_name(device), **found}
 
 
-def main() -> None:
+def rank_of(directory: Path) -> int:
+    """Of a PEFT adapter whose layers have one rank."""
+    rank: int = json.loads((directory / CONFIG_FILE).read_text())["r"]
+    return rank
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model directory; the embedded default when absent")
     parser.add_argument("--adapters", type=Path)
+    parser.add_argument("--ranks", default="8", help="of random adapters, used in turn: 8,16,64")
+    parser.add_argument("--adapter-memory", type=int, help="bytes on the device for adapters")
     parser.add_argument("--cases", default=CPU_CASES, help="batch x adapters, …")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--max-batch-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quantization", choices=["none", "nf4", "fp4"], default="none")
+    parser.add_argument("--quantization", choices=["none", "nf4", "fp4"], help="as the checkpoint is when absent")
+    parser.add_argument("--merge", action="store_true")
     args = parser.parse_args()
-    cases = [(int(batch), int(adapters)) for batch, adapters in (case.split("x") for case in args.cases.split(","))]
+    args.cases = [
+        (int(batch), int(adapters)) for batch, adapters in (case.split("x") for case in args.cases.split(","))
+    ]
+    return args
+
+
+def main() -> None:
+    args = parse()
     base = resolve_base(args.model)
     collector = Collector()
     config = EngineConfig(
@@ -149,8 +204,9 @@ def main() -> None:
         base_digest=base.digest,
         device=args.device,
         max_model_len=min(base.spec.max_position, args.prompt + args.new + 16),
-        max_num_seqs=max(batch for batch, _ in cases),
+        max_num_seqs=max(batch for batch, _ in args.cases),
         max_batch_tokens=args.max_batch_tokens,
+        adapter_cache_bytes=args.adapter_memory,
         prefix_caching=False,
         canary=False,
         quantization=args.quantization,
@@ -158,18 +214,24 @@ def main() -> None:
     began = time.perf_counter()
     engine = build_engine(config, collector)
     print(json.dumps({"ready_s": round(time.perf_counter() - began, 1), "memory": engine.stats().memory}), flush=True)
-    count = max(adapters for _, adapters in cases)
+    count = max(int(args.merge), *(adapters for _, adapters in args.cases))
     with tempfile.TemporaryDirectory() as scratch:
         if args.adapters is None:
-            write_random_adapters(base.spec, Path(scratch), count, rank=8)
-        directory = args.adapters or Path(scratch)
-        refs = [adapter_ref(directory / f"a{i}", base) for i in range(count)]
+            write_random_adapters(base.spec, Path(scratch), count, *map(int, args.ranks.split(",")))
+        directories = [(args.adapters or Path(scratch)) / f"a{i}" for i in range(count)]
+        refs = [adapter_ref(directory, base) for directory in directories]
+        sizes = [adapter_bytes(base, rank_of(directory)) for directory in directories]
         bench = Bench(engine, collector, min(base.spec.vocab_size, 40000), refs, args.prompt)
-    for batch, adapters in cases:
-        mode = "lora" if args.quantization == "none" else "bnb-lora"
+    mode = "bnb-lora" if engine.ready.quantization else "lora"
+    about = {"prompt": args.prompt, "new": args.new} | surroundings() | accelerator(args.device)
+    for batch, adapters in args.cases:
         line = {"mode": mode} | bench.case(batch, adapters, args.new, args.repeats)
-        line |= {"prompt": args.prompt, "new": args.new} | surroundings() | accelerator(args.device)
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line | {"adapter_bytes": sum(sizes[:adapters])} | about), flush=True)
+    if args.merge:
+        bench.merge()
+        for batch in dict.fromkeys(batch for batch, adapters in args.cases if not adapters):
+            line = {"mode": f"{mode}-merged"} | bench.case(batch, 1, args.new, args.repeats)
+            print(json.dumps(line | about), flush=True)
     engine.check_integrity()
 
 

@@ -5,7 +5,8 @@
 A server is started as a process of its own on loopback. `streams` clients, in one more process, each stream `new`
 tokens, stream i with adapter i % adapters; `tok_s` is all their tokens over the time from the first token of the
 last stream to have one, to the first end of a stream: the batch is full throughout. The engine is timed over the
-same steps in this process. `rss_bytes` is what front end and engine hold together before the first request.
+same steps in this process. `rss_bytes` is what front end and engine hold together before the first request, `ready_s`
+the time from the start of the process until it takes requests.
 """
 
 import argparse
@@ -67,17 +68,19 @@ def time_server(args: argparse.Namespace, store: Path) -> dict[str, float]:
     """Start `lorikeet serve`, drive it from another process, stop it."""
     command = [sys.executable, "-m", "server.cli", "serve", "--json", "--store", str(store), "--port", "0"]
     command += ["--metrics-port", "0", "--device", args.device, *(["--base", args.model] if args.model else [])]
+    began = time.perf_counter()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None, "the server's output is a pipe"
         ready = json.loads(server.stdout.readline())
+        ready_s = round(time.perf_counter() - began, 1)
         memory = resident_bytes(server.pid)
         client = [sys.executable, "-m", "benchmarks.serving", "--client-of", str(ready["port"])]
         for name in ("streams", "adapters", "prompt", "new"):
             client += [f"--{name}", str(getattr(args, name))]
         done = subprocess.run(client, stdout=subprocess.PIPE, text=True, check=True, timeout=540)
         result: dict[str, float] = json.loads(done.stdout)
-        return {**result, "rss_bytes": memory}
+        return {**result, "rss_bytes": memory, "ready_s": ready_s}
     finally:
         server.terminate()
         server.wait(60)

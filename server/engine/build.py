@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from server.engine.pages import PageManager
 from server.engine.runner import DecodeGraphs, Runner
 from server.engine.sampler import Sampler
 from server.engine.scheduler import Scheduler
+from server.engine.warm_up import warm_up
 from server.errors import BaseModelError, ConfigError
 from server.lora.pace import Pace
 from server.lora.pool import AdapterPool
@@ -66,13 +68,17 @@ def build_engine(
             "a step must have room for a token of every running sequence"
         )
     captures = _has_flashinfer(device, dtype)
+    counted: Callable[[], AbstractContextManager[None]] = nullcontext
     if captures:
         from server.engine.device_memory import DeviceMemory, worst_step_bytes
 
         device_memory = DeviceMemory(device)
-    weights = load_weights(directory, spec, dtype, device, quantization)
+        counted = device_memory.counted
+    with counted():
+        weights = load_weights(directory, spec, dtype, device, quantization)
     available = _available_bytes(device)
-    pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
+    with counted():
+        pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
     if captures:
         progress("compiling or loading the prefill kernels")
@@ -84,7 +90,8 @@ def build_engine(
     num_pages = _num_pages(config, spec, dtype, device, available)
     max_model_len = min(max_model_len, num_pages * config.page_size)
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
-    cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
+    with counted():
+        cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
     model = Transformer(spec, weights, max_model_len)
     pace = Pace()
     loader = AdapterLoader(spec, dtype, pin=device.type == "cuda", pace=pace)
@@ -94,6 +101,7 @@ def build_engine(
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
+        wake=channel.wake,
     )
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
     scheduler = Scheduler(
@@ -123,6 +131,10 @@ def build_engine(
         progress("compiling or loading the attention kernels")
         attention = FlashInferAttention(spec, config.page_size, num_pages, dtype, device)
         graphs = captured.DecodeGraphs(model, cache, attention, sampler, pool, config.max_num_seqs, progress)
+    if device.type == "cuda":
+        progress("compiling or loading the kernels of mixed steps")
+        most = min(max_batch_tokens, num_pages * config.page_size)
+        warm_up(model, cache, attention, pool, most, config.max_num_seqs)
     runner = Runner(
         model=model,
         cache=cache,

@@ -3,6 +3,9 @@
 Imported only where a GPU is used.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from server.engine.messages import SamplingParams
@@ -20,12 +23,21 @@ SLACK = 0.01  # of the device's memory, for what the driver and libraries take l
 
 
 class DeviceMemory:
-    """One GPU's memory since before anything of the engine was on it."""
+    """One GPU's memory since before anything of the engine was on it, but for the CUDA context."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._counted = 0
         torch.cuda.init()
+        self._reserved_at_first = torch.cuda.memory_reserved(device)
         self._free_at_first, self._total = torch.cuda.mem_get_info(device)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """What is allocated here, and stays, is of a kind that is counted by itself: it is no workspace."""
+        before = torch.cuda.memory_allocated(self._device)
+        yield
+        self._counted += torch.cuda.memory_allocated(self._device) - before
 
     def left_for_kv(self, worst_step: int) -> int:
         """Bytes for the KV cache beside a worst step that takes `worst_step` more than what is there now."""
@@ -34,13 +46,14 @@ class DeviceMemory:
         return max(0, int(free - worst_step - GRAPHS_BYTES - SLACK * self._total))
 
     def by_kind(self, known: dict[str, int]) -> dict[str, int]:
-        """`known` kinds and the rest of what the engine has: `workspace` is torch's, for steps and graphs, and
-        `runtime` the CUDA context, libraries and kernels, which only the driver sees."""
+        """`known` kinds, each as its tensors' sizes say, and what else the engine has: `workspace` is what torch holds
+        but for what was `counted`, for steps and graphs; `runtime` are libraries and kernels, which only the driver
+        sees."""
         torch.cuda.synchronize(self._device)
         free, _ = torch.cuda.mem_get_info(self._device)
-        reserved = torch.cuda.memory_reserved(self._device)
+        reserved = torch.cuda.memory_reserved(self._device) - self._reserved_at_first
         runtime = max(0, self._free_at_first - free - reserved)
-        return known | {"workspace": max(0, reserved - sum(known.values())), "runtime": runtime}
+        return known | {"workspace": reserved - self._counted, "runtime": runtime}
 
 
 @torch.inference_mode()

@@ -7,7 +7,7 @@ and 3 when the base is; one line on stderr says why. What it writes loads in tra
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,29 @@ def convert(
     config = read_config(source)
     if (stored := stored_quantization(config)) is not None:
         raise BaseModelError(f"{source}: is quantized to {stored} already")
-    spec = read_spec(source)
+    read_spec(source)  # refuses what cannot be served
+    _copy_others(source, target)
+    write_quantized(target, config, _tensors(source), quantization, device, shard_bytes)
+
+
+def write_quantized(
+    target: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    quantization: Quantization,
+    device: torch.device,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write `config` and `tensors` (name, tensor) of a 16-bit base as a 4-bit checkpoint; each is quantized as it
+    comes. Raises ConfigError for what `quantization` keeps and the base has not."""
+    spec = ModelSpec.from_config(config)
     linears = [*spec.linears(), HEAD]
     quantization.check_keep(linears)
     kept = [path for path in linears if quantization.keeps(path) or (path == HEAD and spec.tied_embeddings)]
-    _copy_others(source, target)
     section = _section(quantization, spec, kept)
     (target / "config.json").write_text(json.dumps({**config, "quantization_config": section}, indent=2) + "\n")
     quantized = {f"{path}.weight" for path in linears} - {f"{path}.weight" for path in kept}
-    _write(target, _tensors(source, quantized, quantization, device), shard_bytes)
+    _write(target, _stored(tensors, quantized, quantization, device), shard_bytes)
 
 
 def _section(quantization: Quantization, spec: ModelSpec, kept: list[str]) -> dict[str, Any]:
@@ -69,25 +83,28 @@ def _copy_others(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _tensors(
-    source: Path, quantized: set[str], quantization: Quantization, device: torch.device
-) -> Iterator[tuple[str, Tensor]]:
-    """Everything to store, by name; one tensor of the source is in memory at a time."""
+def _tensors(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Everything in a checkpoint, by name; one tensor is in memory at a time."""
     for path in weight_files(source):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a mapping)
-                    tensor: Tensor = file.get_tensor(name)
-                    if name not in quantized:
-                        yield name, tensor.clone()
-                        continue
-                    weight = quantize(
-                        tensor.to(device), quantization.quant_type, quantization.block_size, quantization.double
-                    )
-                    for key, part in stored_tensors(weight).items():
-                        yield f"{name.removesuffix('weight')}{key}", part
+                    yield name, file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise BaseModelError(f"{path}: {error}") from error
+
+
+def _stored(
+    tensors: Iterable[tuple[str, Tensor]], quantized: set[str], quantization: Quantization, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Everything to store, by name."""
+    for name, tensor in tensors:
+        if name not in quantized:
+            yield name, tensor.clone()
+            continue
+        weight = quantize(tensor.to(device), quantization.quant_type, quantization.block_size, quantization.double)
+        for key, part in stored_tensors(weight).items():
+            yield f"{name.removesuffix('weight')}{key}", part
 
 
 def _write(target: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
