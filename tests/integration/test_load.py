@@ -47,8 +47,11 @@ def test_a_comparison_from_start_to_report(world: World, tmp_path: Path) -> None
     scenario = tmp_path / "short.toml"
     scenario.write_text(SCENARIO.replace("seconds = 3", "seconds = 2"))
     options = ("--base", str(world.base.path), "--scenario", str(scenario), "--users", "2")
-    done = loadtest("compare", *options, "--modes", "base-16,lora-16", "--output", str(tmp_path / "out" / "report"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    options += ("--output", str(tmp_path / "out" / "report"))
+    for modes in (("--modes", "lora-16"), ("--modes", "base-16", "--keep")):
+        done = loadtest("compare", *options, *modes)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "echo" not in done.stderr, "the first run's is kept"
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [mode["name"] for mode in report["modes"]] == ["base-16", "lora-16"]
     assert report["left_out"] == []
@@ -66,6 +69,25 @@ def test_a_comparison_from_start_to_report(world: World, tmp_path: Path) -> None
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<polyline") == 4 * 2
     assert page.count('class="bar"') == 3 * 2
+
+
+def test_a_load_that_is_accepted_and_several_times_that(world: World, tmp_path: Path) -> None:
+    """What is past the queue is refused in the way that clients can act on; how fast is not this test's."""
+    scenario = tmp_path / "short.toml"
+    scenario.write_text(SCENARIO)
+    few = ("--max-num-seqs", "2", "--max-waiting", "1")
+    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--factor", "8")
+    command = [sys.executable, "-m", "loadtest", "overload", *options, "--", *SERVER, *few]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=REPOSITORY, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["accepted"]["users"], found["accepted"]["failed"]) == (2, 0)
+    over = found["overloaded"]
+    assert over["refused"] > 0
+    assert (over["failed_otherwise"], over["without_retry_info"]) == (0, 0)
+    assert 1.0 <= over["retry_seconds"]["p50"] <= 60.0
+    assert over["requests"] > 0
+    assert found["tpot_ratio"].keys() == {"p50", "p95", "p99"}
 
 
 def test_a_mode_that_does_not_start_is_left_out_and_said_so(world: World, tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
     assert all("RESOURCE_EXHAUSTED SERVER_BUSY" in error for _, error in failures)
     assert len({error for _, error in failures}) == 1, "one row for one kind of failure"
     assert list(found["failures"]) == ["RESOURCE_EXHAUSTED SERVER_BUSY"]
+    assert found["without_retry"] == 0
+    assert found["retry_seconds"]["p99"] == 1.0, "what the echo asks for"
     share = found["failures"]["RESOURCE_EXHAUSTED SERVER_BUSY"] / (found["requests"] + 1)
     assert share == pytest.approx(1 / 4, rel=0.3)
     assert found["output_tokens_per_second"] == pytest.approx(6 * found["requests_per_second"], rel=0.2)

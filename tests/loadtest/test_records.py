@@ -30,7 +30,7 @@ def test_throughput_is_of_the_window_and_latencies_of_what_ended_after_its_begin
         Record("", 1.0, [(1.5, 1), (1.8, 1)], 2.0),
         Record("a", 1.5, [(2.5, 1), (3.5, 9)], 3.5),  # still runs at the end
         Record("b", 1.0, [], 1.5, "RESOURCE_EXHAUSTED", "SERVER_BUSY"),
-        Record("b", 2.0, [], 2.5, "RESOURCE_EXHAUSTED", "SERVER_BUSY"),
+        Record("b", 2.0, [], 2.5, "RESOURCE_EXHAUSTED", "SERVER_BUSY", retry_after=4.0),
         Record("b", 2.0, [], 2.75, "UNAVAILABLE"),
     ]
     found = summarize(records, 1.0, 3.0)
@@ -39,6 +39,8 @@ def test_throughput_is_of_the_window_and_latencies_of_what_ended_after_its_begin
     assert found["output_tokens_per_second"] == (3 + 2 + 1) / 2
     assert found["failures"] == {"RESOURCE_EXHAUSTED SERVER_BUSY": 2, "UNAVAILABLE": 1}
     assert found["failed_seconds"]["p50"] == 0.5  # type: ignore[index]
+    assert found["retry_seconds"]["p50"] == 4.0  # type: ignore[index]
+    assert found["without_retry"] == 2
     adapters = found["adapters"]
     assert isinstance(adapters, dict)
     assert {name: kind["requests"] for name, kind in adapters.items()} == {"a": 2, "base": 1}

@@ -1,0 +1,80 @@
+"""A comparison that goes on where another ended."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadtest.compare import add, kept
+from loadtest.errors import LoadTestFailed
+from loadtest.overload import compared, is_as_promised
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    environment = {"cpu": "two cores", "load": 0.5, "commit": "abc"}
+    return {
+        "scenario": {"name": "made up"},
+        "base": "a base",
+        "users": [1, 4],
+        "environment": environment,
+        "command": "measure this",
+        "modes": [],
+        "left_out": [],
+        "echo": [],
+    } | changes
+
+
+def test_modes_are_kept_and_measured_again_in_their_order(tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    assert kept(report(), file) == report(), "there is none to go on with"
+    earlier = report(
+        command="measure that", modes=[{"name": "base-4", "loads": 1}], left_out=[{"name": "base-16", "why": "busy"}]
+    )
+    file.write_text(json.dumps(earlier))
+    now = kept(report(environment=report()["environment"] | {"load": 2.0}), file)
+    assert now["command"] == "measure that\nmeasure this"
+    add(now, "modes", {"name": "base-16", "loads": 2})
+    add(now, "modes", {"name": "base-4", "loads": 3})
+    add(now, "left_out", {"name": "lora-4", "why": "no room"})
+    assert now["modes"] == [{"name": "base-16", "loads": 2}, {"name": "base-4", "loads": 3}]
+    assert now["left_out"] == [{"name": "lora-4", "why": "no room"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"users": [1, 16]}, "another users"),
+        ({"base": "other"}, "another base"),
+        ({"scenario": {"name": "made up", "seed": 1}}, "another scenario"),
+        ({"environment": {"cpu": "two cores", "load": 0.5, "commit": "def"}}, "with commit abc, this is def"),
+    ],
+)
+def test_a_report_of_something_else_is_not_gone_on_with(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report()))
+    with pytest.raises(LoadTestFailed, match=said):
+        kept(report(**changes), tmp_path / "report.json")
+
+
+def load(tpot: float, **changes: Any) -> dict[str, Any]:
+    times = {"p50": tpot, "p95": 2 * tpot, "p99": 3 * tpot}
+    found: dict[str, Any] = {"users": 4, "seconds": 9.0, "requests": 8, "requests_per_second": 1.0}
+    found |= {"output_tokens_per_second": 64.0, "ttft_seconds": times, "tpot_seconds": times, "failures": {}}
+    return found | {"failed_seconds": {}, "retry_seconds": {}, "without_retry": 0} | changes
+
+
+def test_what_an_overload_says() -> None:
+    refused = {"RESOURCE_EXHAUSTED SERVER_BUSY": 7}
+    over = load(0.022, failures=refused, failed_seconds={"p99": 0.003}, retry_seconds={"p50": 2.0})
+    found = compared(load(0.02), over)
+    assert found["tpot_ratio"] == {"p50": 1.1, "p95": 1.1, "p99": 1.1}
+    assert found["overloaded"]["refused"] == 7
+    assert found["overloaded"]["refusal_ms"] == {"p99": 3.0}
+    assert is_as_promised(found)
+    for accepted, overloaded in (
+        (load(0.02, failures={"UNAVAILABLE": 1}), over),
+        (load(0.02), load(0.02)),
+        (load(0.02), over | {"failures": refused | {"INTERNAL": 1}}),
+        (load(0.02), over | {"without_retry": 1}),
+    ):
+        assert not is_as_promised(compared(accepted, overloaded))
