@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
+# What a collector gets to take the last spans.
+CLOSE_SECONDS = 3.0
+
 _logger = logging.getLogger(__name__)
 
 
@@ -35,7 +38,7 @@ async def observing(config: ServeConfig, environ: Mapping[str, str]) -> AsyncGen
     try:
         yield (tracing, RequestLog())  # the log's lines have the trace's id
     finally:
-        await asyncio.to_thread(tracing.close)
+        await asyncio.to_thread(tracing.close, CLOSE_SECONDS)
 
 
 def open_tracing(endpoint: str | None, base_name: str, environ: Mapping[str, str]) -> "Tracing | None":
@@ -49,9 +52,9 @@ def open_tracing(endpoint: str | None, base_name: str, environ: Mapping[str, str
     if protocol not in ("grpc", "http/protobuf"):
         raise ConfigError(f"OTEL_EXPORTER_OTLP_PROTOCOL: {protocol!r} is neither grpc nor http/protobuf")
     try:
-        from server.rpc.tracing import Tracing
+        from server.rpc.tracing import Tracing, otlp_exporter
 
-        return Tracing.exporting(endpoint, protocol, base_name)
+        return Tracing(otlp_exporter(endpoint, protocol), base_name)
     except ModuleNotFoundError as error:
         message = f"traces need the package {error.name}; pip install 'lorikeet[tracing]'"
         if endpoint is not None:

@@ -6,9 +6,9 @@ https://opentelemetry.io/docs/specs/semconv/rpc/grpc/, https://opentelemetry.io/
 Neither prompt nor answer is in them.
 """
 
+import threading
 import time
 from collections.abc import Mapping
-from typing import Self
 
 from opentelemetry import propagate
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -35,17 +35,12 @@ class Tracing:
     """Makes spans of calls that have ended, below the caller's where its metadata names one (W3C traceparent, or what
     OTEL_PROPAGATORS says)."""
 
-    def __init__(self, provider: TracerProvider, base_name: str) -> None:
-        self._provider = provider
-        self._tracer = provider.get_tracer(NAME, lorikeet_version())
+    def __init__(self, exporter: SpanExporter, base_name: str) -> None:
+        self._exporter = exporter
+        self._provider = TracerProvider(resource=_resource())
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer(NAME, lorikeet_version())
         self._base_name = base_name
-
-    @classmethod
-    def exporting(cls, endpoint: str | None, protocol: str, base_name: str) -> Self:
-        """To a collector, in the background; None: the one that the environment names."""
-        provider = TracerProvider(resource=_resource())
-        provider.add_span_processor(BatchSpanProcessor(_exporter(endpoint, protocol)))
-        return cls(provider, base_name)
 
     def ended(self, record: CallRecord) -> None:
         end = time.time_ns()
@@ -68,9 +63,12 @@ class Tracing:
                 self._add_phases(span, record.generation, begin)
         span.end(end)
 
-    def close(self) -> None:
-        """Sends what is left; waits for that, for as long as the exporter's time-out."""
+    def close(self, patience: float) -> None:
+        """Waits until what is left is sent, but no longer than `patience` seconds."""
+        hurry = threading.Timer(patience, self._exporter.shutdown)  # which interrupts what it does
+        hurry.start()
         self._provider.shutdown()
+        hurry.cancel()
 
     def _add_phases(self, parent: Span, generation: Generation, begin: int) -> None:
         """Children for what the engine did: their lengths are its own, their place follows from the first token's."""
@@ -152,7 +150,8 @@ def _resource() -> Resource:
     return Resource.create({**own, **OTELResourceDetector().detect().attributes})
 
 
-def _exporter(endpoint: str | None, protocol: str) -> SpanExporter:
+def otlp_exporter(endpoint: str | None, protocol: str) -> SpanExporter:
+    """To a collector by its URL, None: the one that the environment names; `protocol` is "grpc" or "http/protobuf"."""
     if protocol == "grpc":
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
