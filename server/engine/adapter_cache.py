@@ -36,7 +36,8 @@ MAX_UNDER_WAY = 4  # loads read ahead of their rows: bounds the memory of those 
 class AdapterCache:
     """Residency of adapters, keyed by digest. All methods belong to the step loop's thread.
 
-    `prove` checks an adapter in its rows before anyone may lease it, once a digest; None checks nothing.
+    `prove` checks an adapter in its rows before anyone may lease it, once a digest; None checks nothing. `wake` is
+    called on a worker when it has done something that `poll` waits for.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class AdapterCache:
         prove: Prove | None = None,
         host_bytes: int = 0,
         workers: Executor | None = None,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._pool = pool
         self._load = load
@@ -56,6 +58,7 @@ class AdapterCache:
         self._loading: dict[str, Loading] = {}  # first requested first
         self._unloaded: list[str] = []  # since the last poll
         self._workers = workers or ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="adapter-loader")
+        self._wake = wake
         self.counters = TierCounters()
 
     # What sequences ask
@@ -271,6 +274,7 @@ class AdapterCache:
             if loading.stage is Stage.QUEUED:
                 loading.stage = Stage.READING
                 loading.reading = self._workers.submit(timed_load, self._load, loading.adapter)
+                loading.reading.add_done_callback(lambda _: self._wake())
                 free -= 1
 
     def _for_each(self, stage: Stage, advance: Callable[[str, Loading, Arrivals], bool], arrivals: Arrivals) -> None:
@@ -309,6 +313,7 @@ class AdapterCache:
             return False
         loading.stage = Stage.COPYING
         loading.copying = self._workers.submit(self._bring, loading, packed, loading.ranges)
+        loading.copying.add_done_callback(lambda _: self._wake())
         return True
 
     def _arrive(self, digest: str, loading: Loading, arrivals: Arrivals) -> bool:

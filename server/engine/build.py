@@ -101,6 +101,7 @@ def build_engine(
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=_host_adapter_bytes(config, device),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
+        wake=channel.wake,
     )
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
     scheduler = Scheduler(

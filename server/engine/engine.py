@@ -46,13 +46,17 @@ from server.lora.pace import Pace
 log = logging.getLogger(__name__)
 
 IDLE_WAIT = 0.5  # seconds between looks at the parent process and the statistics
-LOADING_WAIT = 0.001  # seconds between looks at an adapter that is on its way, or a merge, while nothing else runs
+LOADING_WAIT = 0.02  # seconds between looks at a load or a merge while nothing else runs; loaders wake the loop
 
 
 class Channel(Protocol):
     """Where messages come from and go to."""
 
     def receive(self, timeout: float) -> Iterable[ToEngine]: ...
+
+    def wake(self) -> None:
+        """End the wait of `receive`, or the next one; from any thread."""
+        ...
 
     def send(self, message: ToFrontend) -> None: ...
 

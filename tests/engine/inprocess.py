@@ -56,6 +56,9 @@ class Inbox:
     def receive(self, timeout: float) -> Iterable[ToEngine]:
         return ()
 
+    def wake(self) -> None:
+        pass
+
     def send(self, message: ToFrontend) -> None:
         match message:
             case StepOutputs():
