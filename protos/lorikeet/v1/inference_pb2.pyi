@@ -37,8 +37,8 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text, without a chat template."""
     request_id: _builtins.str
-    """Names the call in responses and logs: up to 128 of A-Z a-z 0-9 . _ : - ; empty: the server makes one. It need
-    not be unique.
+    """Names the call in responses, logs and traces: up to 128 of A-Z a-z 0-9 . _ : - ; empty: that of the metadata key
+    `x-request-id` (up to 128 printable characters without spaces), or else the server makes one. It need not be unique.
     """
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds:
@@ -100,7 +100,7 @@ class GenerateResponse(_message.Message):
     adapter_digest: _builtins.str
     """The adapter version that really served it, `sha256:<64 hex digits>`; empty is the base model."""
     request_id: _builtins.str
-    """The request's, or the one the server made."""
+    """The request's, the metadata's, or the one the server made."""
     serving: _common_pb2.Serving.ValueType
     """How the adapter was applied."""
     trained_quantization: _builtins.str
@@ -163,8 +163,8 @@ class StreamGenerateRequest(_message.Message):
     text: _builtins.str
     """Plain text, without a chat template."""
     request_id: _builtins.str
-    """Names the call in responses and logs: up to 128 of A-Z a-z 0-9 . _ : - ; empty: the server makes one. It need
-    not be unique.
+    """Names the call in responses, logs and traces: up to 128 of A-Z a-z 0-9 . _ : - ; empty: that of the metadata key
+    `x-request-id` (up to 128 printable characters without spaces), or else the server makes one. It need not be unique.
     """
     @_builtins.property
     def token_ids(self) -> _common_pb2.TokenIds:
@@ -228,7 +228,7 @@ class StreamGenerateResponse(_message.Message):
     and the same in all.
     """
     request_id: _builtins.str
-    """The request's, or the one the server made. In every message."""
+    """The request's, the metadata's, or the one the server made. In every message."""
     serving: _common_pb2.Serving.ValueType
     """How the adapter is applied. In every message, and the same in all."""
     trained_quantization: _builtins.str

@@ -30,7 +30,8 @@ class InferenceServiceStub:
 
     A call may name its adapter in the metadata key `x-adapter` as well, so that proxies can route without parsing;
     where it differs from `adapter_id` the call is refused. Cancelling a call, or its deadline, frees what it holds
-    within one step.
+    within one step. A call's request id comes back in the trailing metadata key `x-request-id`, errors too; W3C trace
+    context is taken from the metadata where the server sends traces.
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
@@ -63,7 +64,8 @@ class InferenceServiceServicer:
 
     A call may name its adapter in the metadata key `x-adapter` as well, so that proxies can route without parsing;
     where it differs from `adapter_id` the call is refused. Cancelling a call, or its deadline, frees what it holds
-    within one step.
+    within one step. A call's request id comes back in the trailing metadata key `x-request-id`, errors too; W3C trace
+    context is taken from the metadata where the server sends traces.
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
@@ -113,7 +115,8 @@ class InferenceService:
 
     A call may name its adapter in the metadata key `x-adapter` as well, so that proxies can route without parsing;
     where it differs from `adapter_id` the call is refused. Cancelling a call, or its deadline, frees what it holds
-    within one step.
+    within one step. A call's request id comes back in the trailing metadata key `x-request-id`, errors too; W3C trace
+    context is taken from the metadata where the server sends traces.
 
     Errors carry google.rpc.ErrorInfo (domain "lorikeet"; `reason` is stable), and RetryInfo where trying again
     helps: INVALID_ARGUMENT (a field is out of range; BadRequest names it), NOT_FOUND (no such adapter),
