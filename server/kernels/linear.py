@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.kernels.cuda.module import is_available
+from server.kernels.cuda.skinny_plans import skinny_plan
 from server.kernels.layer import silu_mul
 from server.kernels.triton.gemv_plans import gemv_plan
 
@@ -62,6 +64,11 @@ class PackedLinear:
             from server.kernels.triton.gemv import gemv
 
             return gemv(x, self.weight, self.bias, plan)
+        skinny = skinny_plan(len(x), *reversed(self.weight.shape))
+        if skinny is not None and self.bias is None and _runs_skinny(self.weight):
+            from server.kernels.cuda.skinny import skinny_linear
+
+            return skinny_linear(x, self.weight, skinny)
         return F.linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
@@ -157,6 +164,10 @@ def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     blocked = weight.device.type == "cpu" and _onednn_supports(weight.dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None) if blocked else weight
     return PackedLinear(packed, bias, weight.shape[0], blocked)
+
+
+def _runs_skinny(weight: Tensor) -> bool:
+    return weight.dtype in (torch.bfloat16, torch.float16) and is_available(weight.device)
 
 
 def _onednn_supports(dtype: torch.dtype) -> bool:

@@ -1,36 +1,13 @@
-// What the kernels over repacked 4-bit weights share. BF16 (0 or 1) says what the 16-bit numbers are.
+// What the kernels over repacked 4-bit weights share.
 #pragma once
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-#if BF16
-#define TYPE "bf16"
-#else
-#define TYPE "f16"
-#endif
+#include "sixteen_bit.cuh"
 
 __device__ __forceinline__ uint4 load_codes(const uint4* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
-}
-
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool valid) {
-    int bytes = valid ? 16 : 0;  // of nothing, zeros are written
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ u32 narrow(float low, float high) {
-    u32 r;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
-#endif
-    return r;
 }
 
 // Left operands of the four products in 16 bytes of codes: feature g in x, y; feature g + 8 in z, w.

@@ -16,6 +16,7 @@
 // next tile is decoded and the sums before are added up. The parts meet in shared memory, always in the same order.
 
 #include "four_bit.cuh"
+#include "warpgroup.cuh"
 
 #define BM (GROUPS * MW * 64)
 #define ROWS (NC * 64)
@@ -25,11 +26,6 @@
 #define TABLE_BYTES (256 * 32 * 4)
 #define SUM_STRIDE (BM * 4 + 16)  // bytes between rows of sums in shared memory: what a warp writes is in all banks
 static_assert((KB == 2 || KB == 4) && ROWS % SPLITS == 0, "operands alternate; parts share the rows");
-
-// Rows of 128 bytes, eight of them to an atom of 1024 in which 16-byte pieces are swizzled by the row.
-__device__ __forceinline__ u64 descriptor(u32 shared) {
-    return (u64)((shared & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 
 // d [64 features, 64 rows] = a [64, 16] b [16, 64], plus d if `add`
 template <int add>
@@ -46,11 +42,6 @@ __device__ __forceinline__ void multiply(float (&d)[32], const u32 (&a)[4], u64 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(add));
 }
 
-template <int pending>
-__device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
 // Left operands of the four products in 16 bytes of codes: feature g in x, y; feature g + 8 in z, w.
 __device__ __forceinline__ void decode(u32 (&a)[4][4], const uint4& codes, const char* table, u32 lane4) {
     const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
@@ -60,24 +51,6 @@ __device__ __forceinline__ void decode(u32 (&a)[4][4], const uint4& codes, const
         const int byte = i % 4;  // entry `byte` starts 128 bytes times the code in
         const u32 shifted = byte == 0 ? word << 7 : word >> (byte * 8 - 7);
         a[i % 8 / 2][(i / 8) + 2 * (i % 2)] = *reinterpret_cast<const u32*>(table + ((shifted & 0x7f80u) | lane4));
-    }
-}
-
-__device__ __forceinline__ float4 read_part(u32 at, u32 part) {
-    u32 there;
-    float4 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(part));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(there));
-    return v;
-}
-
-__device__ __forceinline__ void meet() {
-    if (SPLITS == 1) {
-        __syncthreads();
-    } else {
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     }
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Argument = Tensor | int | float
+Argument = Any  # a tensor, a number or a tensor map
 
 
 @cache
@@ -42,10 +42,11 @@ class Kernel:
         grid: tuple[int, int, int],
         threads: int,
         arguments: Sequence[Argument],
-        types: Sequence[type],
+        types: Sequence[type | None],
         early: bool,
     ) -> None:
-        """Enqueue on torch's current stream. `types` are ctypes', one an argument; a tensor goes as its address.
+        """Enqueue on torch's current stream. `types` are ctypes', one an argument, None for a tensor map; a tensor
+        goes as its address.
         `early`: before what precedes it has ended (the kernel waits, by `griddepcontrol.wait`)."""
         driver = _bindings("driver")
         config = driver.CUlaunchConfig()
@@ -75,6 +76,29 @@ def load(source: str, name: str, macros: Mapping[str, int], shared_bytes: int, d
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
     return Kernel(function, shared_bytes)
+
+
+def tensor_map(address: int, shape: tuple[int, int], box: tuple[int, int], dtype: torch.dtype) -> Any:
+    """Of a contiguous matrix of 16-bit numbers, for bulk copies of a box of it; a row of the box has 128 bytes, and its
+    16-byte pieces lie in shared memory as the tensor cores want them. Past the matrix, zeros are copied."""
+    driver = _bindings("driver")
+    kinds = driver.CUtensorMapDataType
+    bfloat16, float16 = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    return _check(
+        driver.cuTensorMapEncodeTiled(
+            bfloat16 if dtype is torch.bfloat16 else float16,
+            2,
+            address,
+            [driver.cuuint64_t(size) for size in reversed(shape)],
+            [driver.cuuint64_t(shape[1] * 2)],
+            [driver.cuuint32_t(size) for size in reversed(box)],
+            [driver.cuuint32_t(1)] * 2,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
 
 
 def compile_source(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
