@@ -15,7 +15,12 @@ HAS = pytest.StashKey[dict[str, bool]]()
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 # What the tests with a marker need; without it they are left out, and counted.
-NEEDS = {"gpu": "a GPU", "prometheus": "Prometheus (scripts/test-tools)", "browser": "Chromium (scripts/test-tools)"}
+NEEDS = {
+    "gpu": "a GPU",
+    "prometheus": "Prometheus (scripts/test-tools)",
+    "browser": "Chromium (scripts/test-tools)",
+    "systemd": "systemd-analyze (scripts/test-tools)",
+}
 
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", deadline=None)
@@ -31,6 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "gpu": has_gpu,
         "prometheus": shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
         "browser": shutil.which("chromium") is not None,
+        "systemd": shutil.which("systemd-analyze") is not None and shutil.which("systemd-sysusers") is not None,
     }
     if not has_gpu:
         os.environ["TRITON_INTERPRET"] = "1"

@@ -36,13 +36,18 @@ class ServerProcess:
         cls, directory: Path, base: Path, store: Path | str, *options: str, timeout: float = 120.0
     ) -> "ServerProcess":
         """Start with one thread and wait until it is ready; `directory` takes its log."""
-        log = directory / "server.log"
         arguments = ["serve", "--json", "--base", str(base), "--store", str(store), "--device", "cpu"]
         arguments += ["--port", "0", "--metrics-port", "0", "--threads", "1", *options]
+        return cls.launch(command(*arguments), directory, dict(os.environ), timeout)
+
+    @classmethod
+    def launch(
+        cls, whole: list[str], directory: Path, environment: dict[str, str], timeout: float = 120.0
+    ) -> "ServerProcess":
+        """`start` with a whole command line, which has --json."""
+        log = directory / "server.log"
         with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command(*arguments), stdout=subprocess.PIPE, stderr=stderr, cwd=REPOSITORY, env=dict(os.environ)
-            )
+            process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=stderr, cwd=REPOSITORY, env=environment)
         try:
             ready = json.loads(_first_line(process, timeout))
         except BaseException:
