@@ -174,7 +174,7 @@ def _plan(spec: ModelSpec, head: AdapterHead) -> _Plan:
 def read_tensors(fd: int, entries: Sequence[TensorEntry]) -> dict[str, Tensor]:
     """The tensors of an open safetensors file, whose entries lie one behind the other, by one read into private
     memory. Not mapped: a file cut short under a map ends the process. Raises InvalidAdapter if it is cut short."""
-    data = torch.empty(_data_bytes(entries), dtype=torch.uint8)
+    data = reserve((_data_bytes(entries),), torch.uint8, torch.device("cpu"), is_sparse=False)
     _read_data(fd, entries, data)
     return _as_tensors(data, entries)
 
