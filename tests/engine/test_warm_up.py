@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.synthetic import write_adapters, write_base
 from server.engine.messages import SamplingParams, StopParams, Submit
 from server.engine.warm_up import row_counts, warm_up
 from server.kernels.cuda.plans import choose
-from tests.engine.inprocess import Driver, make_adapter, oracle_tokens
-from tests.engine.test_gpu import random_llama
+from server.kernels.cuda.skinny_plans import skinny_plan
+from tests.engine.inprocess import Driver, adapter_ref, make_adapter, oracle_tokens
 from tests.quantization.base import save_base
 
 MEASURED = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -31,9 +32,12 @@ def test_counts_rise_to_the_most(most: int) -> None:
 
 
 @given(SHAPES)
-def test_every_four_bit_plan_is_met(shape: tuple[int, int]) -> None:
+def test_every_plan_is_met(shape: tuple[int, int]) -> None:
     """Each is a compilation."""
-    assert {choose(n, *shape) for n in range(1, 1200)} == {choose(n, *shape) for n in row_counts(1200)}
+    out, features = shape
+    assert {choose(n, out, features) for n in range(1, 1200)} == {choose(n, out, features) for n in row_counts(1200)}
+    skinny = {skinny_plan(n, features, out) for n in range(1, 1200)}
+    assert skinny == {skinny_plan(n, features, out) for n in row_counts(1200)}
 
 
 def test_requests_see_nothing_of_it(tmp_path: Path) -> None:
@@ -57,14 +61,14 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import flashinfer.jit.core
     import triton
 
-    from server.kernels.cuda import four_bit
+    from server.kernels.cuda import module
 
     names: list[str] = []
-    load, build = four_bit.load, flashinfer.jit.core.JitSpec.build_and_load
+    compile_source, build = module.compile_source, flashinfer.jit.core.JitSpec.build_and_load
 
-    def counting_load(source: str, *rest: Any) -> Any:
+    def counting_compile(source: str, *rest: Any) -> bytes:
         names.append(f"{source} {rest}")
-        return load(source, *rest)
+        return compile_source(source, *rest)
 
     def counting_build(spec: Any) -> Any:
         names.append(spec.name)
@@ -73,7 +77,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def count_triton(*, repr: str, **rest: Any) -> None:
         names.append(repr)
 
-    monkeypatch.setattr(four_bit, "load", counting_load)
+    monkeypatch.setattr(module, "compile_source", counting_compile)
     monkeypatch.setattr(flashinfer.jit.core.JitSpec, "build_and_load", counting_build)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", count_triton)
     return names
@@ -83,12 +87,21 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_no_request_waits_for_a_compiler(quantization: str, tmp_path: Path, compiled: list[str]) -> None:
     """Of an engine that is ready: first loads, prompts of many lengths, adapters of ranks to 100, all ways to draw."""
-    model, directory = random_llama(tmp_path / "base", heads=32, kv_heads=8, head_dim=128)
-    adapters = [make_adapter(model, tmp_path / f"a{rank}", rank, r=rank) for rank in (8, 64, 100)]
-    settings: dict[str, Any] = {"max_batch_tokens": 400, "max_num_seqs": 20, "kv_cache_bytes": 64 << 20}
-    driver = Driver(
-        directory, overlap=None, device="cuda", dtype="bfloat16", page_size=16, quantization=quantization, **settings
-    )
+    device = torch.device("cuda")
+    spec = write_base(tmp_path / "base", "llama-3.1-8b", "none", device, num_layers=2)
+    adapters = []
+    for rank in (8, 64, 100):
+        write_adapters(spec, tmp_path / f"rank{rank}", 1, rank, False, device)
+        adapters.append(adapter_ref(tmp_path / f"rank{rank}" / "a0"))
+    settings: dict[str, Any] = {
+        "page_size": 16,
+        "max_batch_tokens": 400,
+        "max_num_seqs": 64,
+        "kv_cache_bytes": 256 << 20,
+        "adapter_cache_bytes": 256 << 20,
+        "quantization": quantization,
+    }
+    driver = Driver(tmp_path / "base", overlap=None, device="cuda", **settings)
     assert compiled
     compiled.clear()
     rng = random.Random(0)
@@ -101,9 +114,8 @@ def test_no_request_waits_for_a_compiler(quantization: str, tmp_path: Path, comp
         {"temperature": 0.7, "repetition_penalty": 1.2, "presence_penalty": 0.5},
     ]
     names = []
-    for i, length in enumerate(
-        [1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 65, 89, 100, 128, 129, 144, 200, 256, 257, 300, 380]
-    ):
+    lengths = [1, 2, 3, 5, 8, 13, 21, 34, 55, 64, 65, 89, 100, 128, 129, 144, 200, 256, 257, 300, 380]
+    for i, length in enumerate(lengths * 3):
         adapter = [None, *adapters][i % 4]
         names.append(f"r{i}")
         sampling = SamplingParams(seed=i, **samplings[i % len(samplings)])
