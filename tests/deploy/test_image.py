@@ -13,12 +13,11 @@ from packaging.requirements import Requirement
 from server.cli.exits import ExitCode
 from tests.support.client import Answer, Client, generation, read
 from tests.support.deployment import DEPLOY, is_below, options, stages
-from tests.support.image import Image, context, tracked
+from tests.support.image import PACKAGES, Image, context, packaged, tracked
 from tests.support.server_process import ServerProcess
 from tests.support.tiny_base import save_tiny_base
 from tests.support.waiting import eventually
 
-PACKAGES = ("adapters", "server", "trainer", "loadtest", "benchmarks", "protos")
 HEALTHCHECK = re.compile(r"(?P<options>.*) CMD (?P<command>\[.*\])")
 
 
@@ -104,12 +103,7 @@ def test_the_requirements_are_those_of_the_project(image: Image) -> None:
 def test_all_files_of_the_packages_are_installed(image: Image) -> None:
     """The way from the repository through .dockerignore, the wheel and pip loses nothing."""
     (site,) = image.prefix.glob("lib/python*/site-packages")
-    expected = {
-        path.relative_to("protos") if path.parts[0] == "protos" else path
-        for path in tracked(*PACKAGES)
-        if path.parts[:2] != ("benchmarks", "results")
-    }
-    missing = sorted(str(path) for path in expected if not (site / path).is_file())
+    missing = [str(path) for path in packaged() if not (site / path).is_file()]
     assert missing == []
 
 

@@ -17,6 +17,7 @@ from tests.support.server_process import REPOSITORY
 
 LEFT_OUT = ("apt-get ", "FLASHINFER_CUDA_ARCH_LIST=")  # a root's, and nvcc's
 PREFIX = "/opt/lorikeet"
+PACKAGES = ("adapters", "server", "trainer", "loadtest", "benchmarks", "protos")
 
 
 def context() -> list[Path]:
@@ -31,6 +32,12 @@ def context() -> list[Path]:
         if not verdicts or verdicts[-1]:
             sent.append(path)
     return sent
+
+
+def packaged() -> list[Path]:
+    """The repository's files that belong into a wheel, by their paths in it."""
+    files = [path for path in tracked(*PACKAGES) if path.parts[:2] != ("benchmarks", "results")]
+    return [path.relative_to("protos") if path.parts[0] == "protos" else path for path in files]
 
 
 def _pattern(line: str) -> re.Pattern[str]:
