@@ -221,7 +221,8 @@ class MergedServing:
                 job.steps = self._merger.unmerge()
             else:
                 rows = self._adapters.rows(job.digest)
-                job.steps = self._merger.merge(rows, job.message.probe, job.message.force)
+                probe = job.message.probe[: self._scheduler.max_model_len]
+                job.steps = self._merger.merge(rows, probe, job.message.force)
 
     def _write(self, job: _Job) -> None:
         step = next(job.steps, None)

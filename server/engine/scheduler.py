@@ -72,6 +72,11 @@ class Scheduler:
         self.prefix_hit_tokens = 0
 
     @property
+    def max_model_len(self) -> int:
+        """Tokens that a sequence can have."""
+        return self._max_model_len
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 

@@ -191,6 +191,15 @@ def test_progress_tells_of_the_load_the_draining_and_the_writing(
     assert written[-1][0] == written[-1][1] == driver.engine.stats().merge_held_bytes
 
 
+def test_a_probe_may_be_longer_than_the_context(
+    llama: tuple[PreTrainedModel, Path], adapters: list[AdapterRef]
+) -> None:
+    driver = Driver(llama[1], max_model_len=len(PROBE) - 1)
+    done = driver.call(merge("merge", adapters[0]))
+    assert done.error is None
+    assert done.report is not None
+
+
 def test_a_merged_adapter_stays(llama: tuple[PreTrainedModel, Path], adapters: list[AdapterRef]) -> None:
     driver = Driver(llama[1], adapter_cache_bytes=32 * driver_row_bytes(llama[1]), compensates_merged=True)
     assert driver.call(merge("merge", adapters[0])).error is None
