@@ -41,6 +41,7 @@ class Layer:
     second_norm: Norm
     gate_up: Group
     down: Group
+    head_norms: tuple[Norm, Norm] | None  # of each query and key, before they are turned (Qwen3)
     head_dim: int
     scale: float
 
@@ -63,8 +64,10 @@ class Places:
 
 @dataclass(slots=True)
 class _Attention:
-    """What the attention's half keeps. q, k and v are turned; `out` [rows, length, heads, d] has their graph."""
+    """What the attention's half keeps. q, k and v are turned; `out` [rows, length, heads, d] has their graph. `raw` are
+    q and k before their norms [n · heads, d], if they have any."""
 
+    raw: tuple[Tensor, Tensor] | None
     q: Tensor
     k: Tensor
     v: Tensor
@@ -132,13 +135,17 @@ def _attend(x: Tensor, layer: Layer, places: Places, is_trained: bool) -> _Atten
     """The attention's half, forwards."""
     (q, k, v), low_qkv = layer.qkv.forward(layer.first_norm.forward(x))
     shape = (places.rows, places.length, -1, layer.head_dim)
+    raw = None
+    if layer.head_norms:
+        raw = (q.view(-1, layer.head_dim), k.view(-1, layer.head_dim))
+        q, k = (norm.forward(tensor) for norm, tensor in zip(layer.head_norms, raw, strict=True))
     for tensor in (q, k):
         kernels.rope_(tensor.view(x.shape[0], -1, layer.head_dim), places.cos, places.sin)
     q, k, v = (tensor.view(shape).requires_grad_(is_trained) for tensor in (q, k, v))
     with torch.set_grad_enabled(is_trained):
         out = attention(q, k, v, layer.scale, places.segments)
     (total,), low_o = layer.o.forward(out.detach().reshape(x.shape[0], -1), residual=x)
-    return _Attention(q, k, v, out, low_qkv, low_o, total)
+    return _Attention(raw, q, k, v, out, low_qkv, low_o, total)
 
 
 def _gate_up(total: Tensor, layer: Layer) -> _Mlp:
@@ -178,6 +185,9 @@ def _attention_backward(
     d_q, d_k, d_v = (tensor.reshape(n, -1, layer.head_dim).contiguous() for tensor in d_heads)
     for tensor in (d_q, d_k):
         kernels.rope_(tensor, places.cos, places.sin, inverse=True)
+    if layer.head_norms and attended.raw:
+        pairs = zip(layer.head_norms, attended.raw, (d_q, d_k), strict=True)
+        d_q, d_k = (norm.backward(raw, tensor.view_as(raw)) for norm, raw, tensor in pairs)
     d_parts = [tensor.view(n, -1) for tensor in (d_q, d_k, d_v)]
     d_normed, d_low = layer.qkv.backward(d_parts, needs_input=needs_input)
     gradients = list(layer.qkv.lora_gradients(layer.first_norm.forward(x), attended.low_qkv, d_low, d_parts))

@@ -15,6 +15,7 @@ TRIAL_TOKENS = 48
 TRIAL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the last hidden states' norm
 LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+HEAD_NORMS = ("q_norm", "k_norm")
 MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -65,7 +66,8 @@ def _read_layer(layer: Any) -> Layer:
     attn, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if {name for name, _ in layer.named_children()} != LAYER_PARTS or attn is None or mlp is None:
         raise _Unknown(f"{type(layer).__name__} is not built as Llama's layers are")
-    if {name for name, _ in attn.named_children()} != set(ATTENTION_PARTS):
+    parts = {name for name, _ in attn.named_children()} - set(ATTENTION_PARTS)
+    if parts not in (set(), set(HEAD_NORMS)) or not all(hasattr(attn, name) for name in ATTENTION_PARTS):
         raise _Unknown(f"{type(attn).__name__} is not built as Llama's attention is")
     if {name for name, _ in mlp.named_children()} != {*MLP_PARTS, "act_fn"} or not _is_silu(mlp.act_fn):
         raise _Unknown(f"{type(mlp).__name__} is not built as Llama's MLP is")
@@ -80,6 +82,7 @@ def _read_layer(layer: Any) -> Layer:
         second_norm=_read_norm(layer.post_attention_layernorm),
         gate_up=Group((gate, up)),
         down=Group((down,)),
+        head_norms=(_read_norm(attn.q_norm), _read_norm(attn.k_norm)) if parts else None,
         head_dim=attn.head_dim,
         scale=attn.scaling,
     )
