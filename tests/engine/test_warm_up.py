@@ -61,8 +61,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     import flashinfer.jit.core
     import triton
 
-    from server.kernels.cuda import module
+    from server.kernels.cuda import four_bit, module, skinny
 
+    four_bit._loaded.cache_clear()  # what earlier tests of this process have compiled
+    skinny._kernel.cache_clear()
     names: list[str] = []
     compile_source, build = module.compile_source, flashinfer.jit.core.JitSpec.build_and_load
 
