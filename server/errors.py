@@ -15,7 +15,8 @@
     ├── CanaryFailed        FAILED_PRECONDITION  a loaded adapter computes what its files do not say (an InvalidAdapter)
     ├── BaseModelError      FAILED_PRECONDITION  the base model cannot be found or read
     │   └── UnsupportedModel                     its architecture or a setting is not supported
-    └── ConfigError         INVALID_ARGUMENT     a setting of the server itself is wrong (port in use, …)
+    ├── ConfigError         INVALID_ARGUMENT     a setting of the server itself is wrong (port in use, …)
+    └── DoesNotFit          RESOURCE_EXHAUSTED   what is planned takes more memory than the device has
 
 Must not hold: anything of gRPC (`server.rpc.status`) or torch.
 """
@@ -130,3 +131,10 @@ class ConfigError(LorikeetError):
 
     code = "INVALID_ARGUMENT"
     reason = "CONFIG_INVALID"
+
+
+class DoesNotFit(LorikeetError):
+    """What is planned takes more memory than the device has; the message says what to lower."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "PLAN_DOES_NOT_FIT"

@@ -64,6 +64,17 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
     return files
 
 
+def tensor_headers(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's dtype, as safetensors names it, and shape. Raises BaseModelError as `weight_files` does."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in weight_files(directory):
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found |= {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
+    return found
+
+
 def checkpoint_digest(spec: ModelSpec, files: tuple[Path, ...], cache: Path, progress: Callable[[str], None]) -> str:
     """Return `sha256:…` over the spec and every weight file's own sha256, in the order of their names.
 

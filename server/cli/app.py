@@ -16,6 +16,7 @@ from server.cli.health import health
 from server.cli.info import info
 from server.cli.options import Debug, Invocation, help_if_alone
 from server.cli.output import print_note
+from server.cli.plan import plan
 from server.cli.quantize import quantize
 from server.cli.serve import serve
 from server.version import lorikeet_version
@@ -32,7 +33,7 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(_root)
-    for command in (serve, generate, info, health, quantize):
+    for command in (serve, generate, info, health, plan, quantize):
         app.command()(command)
     app.add_typer(adapters.build_app(), name="adapters")
     return app

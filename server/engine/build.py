@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from server.base.hardware import free_host_bytes
+from server.base.memory import adapter_budget, batch_tokens, host_adapter_budget, num_kv_pages
 from server.base.quantization import stored_quantization, wanted_quantization
 from server.base.spec import ModelSpec
 from server.config import EngineConfig
@@ -32,13 +34,12 @@ from server.lora.pace import Pace
 from server.lora.pool import AdapterPool
 from server.lora.weights import AdapterLoader, Identity
 from server.model.attention import AttentionBackend, TorchAttention
-from server.model.kv_cache import KVCache, kv_bytes_per_token
+from server.model.kv_cache import KVCache
 from server.model.loader import DTYPES, load_weights
 from server.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 LOADER_NICENESS = 19
 
 
@@ -50,6 +51,7 @@ def build_engine(
     `overlap` None is 1 on a GPU and 0 on a CPU, where there is no device to wait for.
     """
     device = resolve_device(config.device)
+    on_cpu = device.type == "cpu"
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     directory = Path(config.base_path)
@@ -61,12 +63,7 @@ def build_engine(
     )
     quant_type = stored_quantization(raw) if quantization is None else quantization.quant_type
     progress(f"loading {directory.name} in {_name(dtype)}{f' and {quant_type}' if quant_type else ''} on {device}")
-    max_batch_tokens = config.max_batch_tokens or max(256 if device.type == "cpu" else 4096, config.max_num_seqs)
-    if max_batch_tokens < config.max_num_seqs:
-        raise ConfigError(
-            f"--max-batch-tokens {max_batch_tokens} is less than --max-num-seqs {config.max_num_seqs}: "
-            "a step must have room for a token of every running sequence"
-        )
+    max_batch_tokens = batch_tokens(config.max_batch_tokens, config.max_num_seqs, on_cpu)
     captures = _has_flashinfer(device, dtype)
     counted: Callable[[], AbstractContextManager[None]] = nullcontext
     if captures:
@@ -78,7 +75,7 @@ def build_engine(
         weights = load_weights(directory, spec, dtype, device, quantization)
     available = _available_bytes(device)
     with counted():
-        pool = AdapterPool(spec, _adapter_bytes(config, available, device), dtype, device)
+        pool = AdapterPool(spec, adapter_budget(config.adapter_cache_bytes, available, on_cpu), dtype, device)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
     if captures:
         progress("compiling or loading the prefill kernels")
@@ -87,7 +84,16 @@ def build_engine(
         available = device_memory.left_for_kv(worst)
     elif device.type == "cuda":
         available = available * 4 // 5
-    num_pages = _num_pages(config, spec, dtype, device, available)
+    num_pages = num_kv_pages(
+        spec,
+        dtype.itemsize,
+        page_size=config.page_size,
+        given=config.kv_cache_bytes,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        available=available,
+        on_cpu=on_cpu,
+    )
     max_model_len = min(max_model_len, num_pages * config.page_size)
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     with counted():
@@ -99,7 +105,7 @@ def build_engine(
         pool,
         lambda adapter: loader.load(Path(adapter.path), Identity(adapter.digest, config.base_digest)),
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
-        host_bytes=_host_adapter_bytes(config, device),
+        host_bytes=host_adapter_budget(config.host_adapter_bytes, free_host_bytes(), on_cpu),
         workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
         wake=channel.wake,
     )
@@ -117,7 +123,7 @@ def build_engine(
         scheduler=scheduler,
         adapters=adapters,
         pool=pool,
-        merger=BaseMerger(model, pool, lambda: _available_bytes(torch.device("cpu"))),
+        merger=BaseMerger(model, pool, free_host_bytes),
         pace=pace,
         compensates=config.compensates_merged,
     )
@@ -224,32 +230,6 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _num_pages(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, device: torch.device, available: int) -> int:
-    page_bytes = kv_bytes_per_token(spec, dtype) * config.page_size
-    budget = config.kv_cache_bytes
-    if budget is None:
-        longest = (config.max_model_len or spec.max_position) * config.max_num_seqs * kv_bytes_per_token(spec, dtype)
-        budget = min(longest, available // 8 if device.type == "cpu" else available)
-    num_pages = budget // page_bytes
-    if num_pages < 1:
-        raise ConfigError(f"a KV cache of {budget} bytes holds no page of {page_bytes} bytes; raise --kv-cache-memory")
-    return num_pages
-
-
-def _adapter_bytes(config: EngineConfig, available: int, device: torch.device) -> int:
-    if config.adapter_cache_bytes is not None:
-        return config.adapter_cache_bytes
-    return min(available // 10, GIB) if device.type == "cpu" else available // 10
-
-
-def _host_adapter_bytes(config: EngineConfig, device: torch.device) -> int:
-    """On a CPU the device's tier is the same memory: what is kept twice there only saves reading and checking."""
-    if config.host_adapter_bytes is not None:
-        return config.host_adapter_bytes
-    available = _available_bytes(torch.device("cpu"))
-    return min(available // 40, GIB // 4) if device.type == "cpu" else min(available // 8, 16 * GIB)
-
-
 def _yield_to_the_loop() -> None:
     """Begin a loader's thread: one core, and the step loop's threads before it. Threads that have run torch keep
     their own number of cores."""
@@ -263,10 +243,7 @@ def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("cannot tell the free memory of this machine; set --kv-cache-memory and --adapter-memory")
+    return free_host_bytes()
 
 
 def _name(dtype: torch.dtype) -> str:

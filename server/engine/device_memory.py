@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from server.base.memory import GRAPHS_BYTES, SLACK
 from server.engine.messages import SamplingParams
 from server.engine.sampler import Sampler
 from server.lora.batch import TokenSpan, build_lora_batch
@@ -17,9 +18,6 @@ from server.model.batch import ForwardBatch
 from server.model.flashinfer_attention import FlashInferAttention
 from server.model.kv_cache import KVCache
 from server.model.transformer import Transformer
-
-GRAPHS_BYTES = 1 << 30  # for what captured graphs hold, which is not known before the cache that they read
-SLACK = 0.01  # of the device's memory, for what the driver and libraries take later
 
 
 class DeviceMemory:

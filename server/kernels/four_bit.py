@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels.linear import Linear
+from server.base.weights import NESTED_BLOCK_SIZE
+from server.kernels.linear import Linear, PackedLinear, pack_linear
 from server.kernels.reference import four_bit as reference
 
-NESTED_BLOCK_SIZE = 256
 # Weights that are quantized or laid out at once on a CPU: the operators there take up to 16 bytes for each.
 PIECE = 1 << 22
 
@@ -161,6 +161,55 @@ class FourBitLinear:
         return sum(weight.num_bytes for weight in self.weights) + bias
 
 
+@dataclass(frozen=True, slots=True)
+class DecodedLinear:
+    """y = x Wᵀ + bias for W of several weights, one on the other, that were dequantized once and for all. `bare` are
+    these weights without their codes."""
+
+    linear: PackedLinear
+    bare: tuple[QuantizedWeight, ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [n, in] → [n, out], accumulated in float32."""
+        return self.linear(x)
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def num_bytes(self) -> int:
+        return self.linear.num_bytes
+
+    def dense(self) -> Tensor:
+        """The weights dequantized, [out, in]."""
+        return self.linear.dense()
+
+    def write(self, weight: Tensor) -> None:
+        """Hold another weight [out, in] from now on, quantized as this one is; in place."""
+        self.linear.write(torch.cat([dequantize(new) for new in quantize_like(weight, self.bare)]))
+
+    def save(self) -> tuple[Tensor, ...]:
+        """All bits of the weights, in host memory."""
+        return self.linear.save()
+
+    def restore(self, saved: tuple[Tensor, ...]) -> None:
+        """Hold what `save` gave, in place."""
+        self.linear.restore(saved)
+
+
+def decode(weights: Sequence[QuantizedWeight], bias: Tensor | None) -> DecodedLinear:
+    """Dequantize weights [out_i, in] of one fused layer."""
+    bare = tuple(replace(weight, packed=weight.packed.new_empty(0)) for weight in weights)
+    return DecodedLinear(pack_linear(torch.cat([dequantize(weight) for weight in weights]), bias), bare)
+
+
+def decodes_quickly() -> bool:
+    """Whether this CPU decodes 4 bits at a few times the speed of a product: bitsandbytes' operators do with AVX-512.
+    Without it, decoding one weight after the other makes a step of one row 7.6 times as long."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def pack_four_bit(weights: Sequence[QuantizedWeight], bias: Tensor | None = None) -> Linear:
     """Prepare weights [out_i, in] of one fused layer (and its bias [sum(out_i)]) for the device they are on."""
     from server.kernels import four_bit_cpu
@@ -172,4 +221,6 @@ def pack_four_bit(weights: Sequence[QuantizedWeight], bias: Tensor | None = None
 
         if cuda.supports(weights):
             return cuda.pack(weights, bias)
+    elif not decodes_quickly():
+        return decode(weights, bias)
     return FourBitLinear(tuple(weights), bias, sum(weight.shape[0] for weight in weights))

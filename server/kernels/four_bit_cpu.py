@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.base.weights import CPU_ROW_GROUP, fits_cpu_operator
 from server.kernels.four_bit import PIECE, QuantizedWeight, dequantize, quantize_like
 from server.kernels.reference.four_bit import code_table
-
-ROW_GROUP = 32  # output features that the operator's layout interleaves
 
 
 def supports(weights: Sequence[QuantizedWeight]) -> bool:
     """Whether the operator is here and takes these weights as one."""
     first = weights[0]
-    if first.packed.device.type != "cpu" or first.dtype is not torch.bfloat16 or first.shape[1] % first.block_size:
+    if first.packed.device.type != "cpu" or first.dtype is not torch.bfloat16:
         return False
-    if any(w.shape[0] % ROW_GROUP or w.quant_type != first.quant_type for w in weights):
+    fits = fits_cpu_operator([weight.shape for weight in weights], first.block_size)
+    if not fits or any(weight.quant_type != first.quant_type for weight in weights):
         return False
     return bool(_bitsandbytes().has_avx512bf16()) and all(w.block_size == first.block_size for w in weights)
 
@@ -120,7 +120,7 @@ def _state(weight: QuantizedWeight, absmax: Tensor, rows: int) -> Any:
 
 
 def _rows_of_a_piece(features: int) -> int:
-    return max(PIECE // features // ROW_GROUP, 1) * ROW_GROUP
+    return max(PIECE // features // CPU_ROW_GROUP, 1) * CPU_ROW_GROUP
 
 
 def _bitsandbytes() -> Any:

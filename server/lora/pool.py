@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.base.memory import ADAPTER_PAGE_ROWS, adapter_row_bytes, adapter_rows, num_adapter_rows
 from server.base.spec import ModelSpec
 from server.kernels import reserve
 from server.lora.weights import LinearGroup, PackedAdapter, linear_groups
 
-PAGE_ROWS = 4
+PAGE_ROWS = ADAPTER_PAGE_ROWS
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -37,12 +38,8 @@ class AdapterPool:
         groups = linear_groups(spec)
         self.dtype = dtype
         self.is_cuda = device.type == "cuda"
-        self.row_bytes = (
-            spec.num_layers
-            * dtype.itemsize
-            * sum(len(group.modules) * group.in_features + sum(group.widths) for group in groups)
-        )
-        self.num_rows = num_bytes // (self.row_bytes * PAGE_ROWS) * PAGE_ROWS
+        self.row_bytes = adapter_row_bytes(spec, dtype.itemsize)
+        self.num_rows = num_adapter_rows(num_bytes, self.row_bytes)
         shape = (spec.num_layers, self.num_rows)
         self.groups = {
             group.name: GroupPool(
@@ -61,7 +58,7 @@ class AdapterPool:
 
     def rows_for(self, rank: int) -> int:
         """Rows that an adapter of this rank takes."""
-        return -(-rank // PAGE_ROWS) * PAGE_ROWS
+        return adapter_rows(rank)
 
     def allocate(self, rank: int) -> Ranges | None:
         """Row ranges [start, stop) of `rank` rows in all, or None when there is no room.

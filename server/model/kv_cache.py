@@ -28,8 +28,3 @@ class KVCache:
     @property
     def num_bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
-
-
-def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes that one token's K and V take over all layers."""
-    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize

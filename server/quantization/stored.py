@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from server.base.quantization import BLOCK_SIZES, QUANT_TYPES
+from server.base.weights import NESTED_BLOCK_SIZE
 from server.errors import BaseModelError
-from server.kernels.four_bit import NESTED_BLOCK_SIZE, NestedScales, QuantizedWeight
+from server.kernels.four_bit import NestedScales, QuantizedWeight
 from server.kernels.reference.four_bit import code_table
 
 STATE = "quant_state.bitsandbytes__"

@@ -7,13 +7,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from server.base.weights import HOPPER_COUNTERS, HOPPER_GROUP, fits_hopper
 from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
 from server.kernels.cuda.plans import Plan, RowsPlan, WarpgroupPlan
 from server.kernels.reference.four_bit import CODES
 
-BLOCK_SIZE = 64
-GROUP = 256  # input features whose codes a warp reads at a time
-COUNTERS = 4096  # of blocks of outputs, where several blocks of threads share one
+GROUP = HOPPER_GROUP
+COUNTERS = HOPPER_COUNTERS  # of blocks of outputs, where several blocks of threads share one
 _TABLE_BYTES = 256 * 32 * 4
 
 
@@ -31,14 +31,10 @@ class RepackedWeight:
     in_features: int
 
 
-def can_repack(out_features: int, in_features: int, block_size: int) -> bool:
-    return block_size == BLOCK_SIZE and out_features % 16 == 0 and in_features % GROUP == 0
-
-
 def repack(packed: Tensor, scales: Tensor, quant_type: str, shape: tuple[int, int]) -> RepackedWeight:
     """packed uint8 [out · in / 2], the first code of a byte in its high nibble, and scales float32 [out · in / 64]."""
     (out, features), device = shape, packed.device
-    assert can_repack(out, features, packed.numel() * 2 // scales.numel()), f"{shape} cannot be repacked"
+    assert fits_hopper(out, features, packed.numel() * 2 // scales.numel()), f"{shape} cannot be repacked"
     codes = packed.view(out // 16, 2, 8, features // 64, 4, 2, 4)  # tile, half, g, column of tiles, product, half, t
     codes = codes.permute(0, 3, 2, 6, 1, 4, 5).reshape(out // 16, features // 64, 32, 16)
     absmax = scales.view(out // 16, 16, features // GROUP, 4).transpose(1, 2).contiguous()

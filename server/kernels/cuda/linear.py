@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.kernels.cuda.four_bit import RepackedWeight, can_repack, four_bit_dense, multiply, repack
+from server.base.weights import fits_hopper
+from server.kernels.cuda.four_bit import RepackedWeight, four_bit_dense, multiply, repack
 from server.kernels.cuda.module import is_available
 from server.kernels.cuda.plans import choose
 from server.kernels.four_bit import NestedScales, QuantizedWeight, quantize_like
@@ -20,7 +21,7 @@ def supports(weights: Sequence[QuantizedWeight]) -> bool:
         return False
     if any((w.quant_type, w.block_size, w.dtype) != (first.quant_type, first.block_size, first.dtype) for w in weights):
         return False
-    fits = can_repack(sum(weight.shape[0] for weight in weights), first.shape[1], first.block_size)
+    fits = fits_hopper(sum(weight.shape[0] for weight in weights), first.shape[1], first.block_size)
     return fits and is_available(first.packed.device)
 
 
