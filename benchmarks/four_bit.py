@@ -57,7 +57,7 @@ def forms(weight: QuantizedWeight, dense: Tensor, with_bitsandbytes: bool) -> di
         f"lorikeet {weight.quant_type}": (num_copies, lambda x, i: layers[i](x)),
     }
     if with_bitsandbytes:
-        found[f"bitsandbytes {weight.quant_type}"] = (num_copies, partial(_bitsandbytes_product, copies))
+        found[f"bitsandbytes {weight.quant_type}"] = (num_copies, _bitsandbytes_products(copies))
     return found
 
 
@@ -65,19 +65,27 @@ def _run(form: Form, x: Tensor, index: int) -> None:
     form(x, index)
 
 
-def _bitsandbytes_product(copies: list[QuantizedWeight], x: Tensor, index: int) -> Tensor:
+def _bitsandbytes_products(copies: list[QuantizedWeight]) -> Form:
     bitsandbytes: Any = import_module("bitsandbytes")
-    weight = copies[index]
-    state = bitsandbytes.functional.QuantState(
-        absmax=weight.absmax,
-        shape=torch.Size(weight.shape),
-        code=code_table(weight.quant_type, x.device),
-        blocksize=BLOCK_SIZE,
-        quant_type=weight.quant_type,
-        dtype=weight.dtype,
-    )
-    out: Tensor = bitsandbytes.matmul_4bit(x, weight.packed.view(-1, 1).t(), quant_state=state)
-    return out
+    first = copies[0]
+    code = code_table(first.quant_type, first.packed.device)
+    states = [
+        bitsandbytes.functional.QuantState(
+            absmax=weight.absmax,
+            shape=torch.Size(weight.shape),
+            code=code,
+            blocksize=BLOCK_SIZE,
+            quant_type=weight.quant_type,
+            dtype=weight.dtype,
+        )
+        for weight in copies
+    ]
+
+    def product(x: Tensor, index: int) -> Tensor:
+        out: Tensor = bitsandbytes.matmul_4bit(x, copies[index].packed.view(-1, 1).t(), quant_state=states[index])
+        return out
+
+    return product
 
 
 def lines(rows: list[int], quant_type: str, with_bitsandbytes: bool) -> Iterator[Line]:
