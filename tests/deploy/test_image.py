@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from packaging.requirements import Requirement
 
 from server.cli.exits import ExitCode
 from tests.support.client import Answer, Client, generation, read
-from tests.support.deployment import DEPLOY, is_below, options, stages
+from tests.support.deployment import DEPLOY, ENDING_SECONDS, is_below, options, stages
 from tests.support.image import PACKAGES, Image, context, packaged, tracked
 from tests.support.server_process import ServerProcess
 from tests.support.tiny_base import save_tiny_base
@@ -179,3 +180,15 @@ def test_a_container_serves_is_healthy_and_stops_in_order(
     assert container.stop() == 0
     assert check_health(image, container, tmp_path) == ExitCode.UNAVAILABLE
     client.close()
+
+
+def test_the_documented_run_is_one_that_the_command_line_takes() -> None:
+    text = (DEPLOY.parent / "docs/deploy.md").read_text().replace("\\\n", " ")
+    (run,) = re.findall(r"^docker run (.*)$", text, re.MULTILINE)
+    words = shlex.split(run)
+    start = words.index("lorikeet")  # the image's name
+    said, of_image = options(words[start + 1 :]), options(stages()[-1].command("CMD"))
+    assert [said[name] for name in ("host", "metrics_host", "store")] == [
+        of_image[name] for name in ("host", "metrics_host", "store")
+    ]
+    assert int(words[words.index("--stop-timeout") + 1]) >= said["grace"] + ENDING_SECONDS
