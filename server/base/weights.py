@@ -44,10 +44,12 @@ def fits_hopper(out_features: int, in_features: int, block_size: int) -> bool:
 @dataclass(frozen=True, slots=True)
 class Device:
     """What decides how weights lie. `reordered` are the dtypes whose dense weights a CPU holds in oneDNN's layout: of
-    an embedding that is the head, too, it then holds both. `has_bf16_dot`: it has AVX512-BF16."""
+    an embedding that is the head, too, it then holds both. `has_bf16_dot`: it has AVX512-BF16. A CPU that has no
+    AVX-512 at all, and so decodes 4 bits slowly, holds them decoded."""
 
     kind: str  # "cpu" or "cuda"
     reordered: frozenset[str] = frozenset()
+    has_avx512: bool = False
     has_bf16_dot: bool = False
     is_hopper: bool = False
 
@@ -63,9 +65,10 @@ def this_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Device:
     except OSError:
         lines = []
     flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
-    reordered = {"bfloat16"} if {"avx512bw", "avx512vl", "avx512dq"} <= flags else set()
+    has_avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    reordered = {"bfloat16"} if has_avx512 else set()
     reordered |= {"float16"} if "avx512_fp16" in flags else set()
-    return Device("cpu", frozenset(reordered), has_bf16_dot="avx512_bf16" in flags)
+    return Device("cpu", frozenset(reordered), has_avx512, has_bf16_dot="avx512_bf16" in flags)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,4 +177,6 @@ def _four_bits(shapes: Sequence[Shape], formats: Sequence[FourBits], dtype: str,
         scales += 2 * weights // size + 4 * _TABLE_ITEMS  # in the operator's layout, beside what they are made of
     elif device.is_hopper and dtype != "float32" and alike and fits_hopper(out_features, features, size):
         scales = 4 * weights // size + 4 * HOPPER_COUNTERS  # double quantization undone
+    elif device.is_cpu and not device.has_avx512:
+        return weights * ITEM_BYTES[dtype]
     return weights // 2 + scales

@@ -24,6 +24,7 @@ from server.cli import main
 from server.cli.exits import ExitCode
 from server.config import EngineConfig
 from server.engine.build import build_engine
+from server.kernels import four_bit
 from server.kernels.linear import _onednn_supports
 from server.quantization.convert import convert
 from tests.engine.inprocess import Inbox
@@ -38,12 +39,12 @@ SMALL = Load(adapters=3, rank=6, sequences=5, context=100)
 GPU = Device("cuda", is_hopper=True)
 
 
-def foretold(directory: Path, dtype: str, quantization: Quantization | None, load: Load = SMALL) -> Plan:
+def foretold(directory: Path, dtype: str, quantization: Quantization | None, device: Device | None = None) -> Plan:
     config = read_config(directory)
     spec = ModelSpec.from_config(config)
     stored = stored_formats(spec, config, tensor_headers(directory))
     formats = stored if quantization is None else wanted_formats(spec, quantization)
-    return plan(spec, dtype, formats, this_cpu(), GIB, load)
+    return plan(spec, dtype, formats, device or this_cpu(), GIB, SMALL)
 
 
 def engine_memory(directory: Path, dtype: str, quantization: Quantization | None, made: Plan) -> dict[str, int]:
@@ -111,6 +112,15 @@ def test_this_cpu_is_seen_as_torch_and_bitsandbytes_see_it() -> None:
     seen = this_cpu()
     assert seen.reordered == {name for name in ITEM_BYTES if _onednn_supports(getattr(torch, name))}
     assert seen.has_bf16_dot == bool(has_avx512bf16())
+    assert seen.has_avx512 == four_bit.decodes_quickly()
+
+
+def test_a_cpu_without_avx512_holds_4_bits_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(four_bit, "decodes_quickly", lambda: False)
+    save_base("llama-bias", tmp_path, torch.float32)
+    made = foretold(tmp_path, "float32", Quantization("nf4"), replace(this_cpu(), has_avx512=False))
+    assert made.memory == engine_memory(tmp_path, "float32", Quantization("nf4"), made)
+    assert made.memory == foretold(tmp_path, "float32", None).memory
 
 
 def test_the_embedded_base_is_foretold_without_its_files() -> None:
