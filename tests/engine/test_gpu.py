@@ -14,7 +14,8 @@ from tests.engine.inprocess import Driver, make_adapter
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = {"bfloat16": 0.3, "float16": 0.02}
+# In float16, transformers and PEFT are themselves off by up to 0.064 over these prompts; an adapter changes 0.5 and more.
+TOLERANCE = {"bfloat16": 0.3, "float16": 0.06}
 
 
 @pytest.fixture(scope="module")
