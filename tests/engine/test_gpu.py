@@ -14,7 +14,7 @@ from tests.engine.inprocess import Driver, make_adapter
 
 pytestmark = pytest.mark.gpu
 
-# In float16, transformers and PEFT are themselves off by up to 0.064 over these prompts; an adapter changes 0.5 and more.
+# In float16, transformers and PEFT are themselves off by up to 0.064 over these prompts; adapters change 0.5 or more.
 TOLERANCE = {"bfloat16": 0.3, "float16": 0.06}
 
 
