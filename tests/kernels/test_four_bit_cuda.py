@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.kernels.cuda.four_bit import COUNTERS, GROUP, code_pairs, repack
 from server.kernels.cuda.linear import RepackedFourBit
-from server.kernels.cuda.plans import RowsPlan, WarpgroupPlan, choose
+from server.kernels.cuda.plans import MULTIPROCESSORS, RowsPlan, WarpgroupPlan, choose
 from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.reference.four_bit import CODES, code_table
 
@@ -115,8 +115,14 @@ def test_plans_fit_the_kernels(rows, shape):
         assert plan.splits * plan.columns * 64 <= features
         height, width = plan.row_chunks * 64, plan.groups * plan.feature_tiles * 64
         x, sums = 4 * plan.columns * height * 64, height * (width * 4 + 16)
-        shared = max(TABLE_BYTES + x, sums) + 2048  # 1024 to align, 1024 that CUDA takes
+        shared = (
+            max(TABLE_BYTES + x, sums + plan.shared_out * TABLE_BYTES) + 2048
+        )  # 1024 to align, 1024 that CUDA takes
         assert plan.resident * shared <= 228 * 1024, "so much has a multiprocessor"
+        if plan.shared_out:
+            shares = -(-out // width) * -(-rows // height) * (features // 64 // plan.columns)
+            assert shares >= plan.resident * MULTIPROCESSORS, "a block without a share would be waited for in vain"
+            assert plan.splits == 1
 
 
 @pytest.mark.parametrize("shape", [*MEASURED, (3072, 1024)])

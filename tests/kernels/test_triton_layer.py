@@ -35,9 +35,13 @@ def test_silu_mul(dtype: torch.dtype, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(6, 2, 8), (3, 3, 16), (4, 1, 12)])
+@pytest.mark.parametrize(("heads", "kv_heads", "d"), [(6, 2, 8), (3, 3, 16), (4, 1, 12), (16, 8, 24)])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rope_and_store(dtype: torch.dtype, heads: int, kv_heads: int, d: int, normed: bool) -> None:
+@pytest.mark.parametrize("few", [2, 3], ids=["many tokens", "few tokens"])
+def test_rope_and_store(
+    dtype: torch.dtype, heads: int, kv_heads: int, d: int, normed: bool, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_layer, "_FEW_TOKENS", few)
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:

@@ -117,22 +117,22 @@ def four_bit_rows(x: Tensor, weight: RepackedWeight, plan: RowsPlan) -> Tensor:
 def warpgroup_macros(plan: WarpgroupPlan, dtype: torch.dtype) -> dict[str, int]:
     """What the source of `four_bit_warpgroup` is compiled with."""
     names = {"MW": plan.feature_tiles, "NC": plan.row_chunks, "GROUPS": plan.groups, "KB": plan.columns}
-    more = {"TEMPS": plan.temps, "RESIDENT": plan.resident, "SPLITS": plan.splits}
+    more = {"TEMPS": plan.temps, "RESIDENT": plan.resident, "SPLITS": plan.splits, "SHARED_OUT": int(plan.shared_out)}
     return names | more | {"BF16": int(dtype is torch.bfloat16)}
 
 
 def _warpgroup_kernel(plan: WarpgroupPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
     rows, width = plan.row_chunks * 64, plan.groups * plan.feature_tiles * 64
-    operands = _TABLE_BYTES + 2 * plan.columns * rows * 128
-    shared = max(operands, rows * (width * 4 + 16)) + 1024
+    operands, sums = 2 * plan.columns * rows * 128, rows * (width * 4 + 16)
+    shared = _TABLE_BYTES + max(operands, sums if plan.shared_out else sums - _TABLE_BYTES) + 1024
     return _loaded("four_bit_warpgroup", tuple(warpgroup_macros(plan, dtype).items()), shared, device)
 
 
-_WARPGROUP_TYPES: Sequence[type] = (*[POINTER] * 5, *[INT] * 3, *[LONG] * 2, FLOAT)
+_WARPGROUP_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2, FLOAT)
 
 
 def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -> Tensor:
-    """As `four_bit_rows`."""
+    """As `four_bit_rows`. Where tiles are shared out, blocks wait for each other: one such product at a time."""
     n, out = x.shape[0], weight.out_features
     _check_rows(x, weight)
     assert plan.splits * plan.columns * 64 <= weight.in_features, f"{plan.splits} parts of {weight.in_features} inputs"
@@ -140,7 +140,14 @@ def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     width, rows = plan.groups * plan.feature_tiles * 64, plan.row_chunks * 64
     grid = (-(-n // rows), -(-out // width), plan.splits)
-    arguments = (weight.codes, weight.absmax, pairs, x, y, n, out // 16, weight.in_features // 64)
+    if plan.shared_out:
+        multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+        shares = grid[0] * grid[1] * (weight.in_features // 64 // plan.columns)
+        grid = (multiprocessors * plan.resident, 1, 1)
+        assert shares >= grid[0], "a block without a share would be waited for in vain"
+    partial = torch.empty(grid[0] * rows * width if plan.shared_out else 0, device=x.device)
+    buffers = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals)
+    arguments = (*buffers, n, out // 16, weight.in_features // 64)
     kernel = _warpgroup_kernel(plan, x.dtype, x.device)
     kernel.launch(grid, plan.groups * 128, (*arguments, x.stride(0), out, scale), _WARPGROUP_TYPES, plan.early)
     return y

@@ -9,6 +9,8 @@
 //   TEMPS          1 or 2: chunks of products that a warpgroup has under way
 //   RESIDENT       blocks of threads meant to share a multiprocessor
 //   SPLITS         parts of the inputs, each of a block of threads of one cluster: 1, 2, 4 or 8
+//   SHARED_OUT     1: all tiles of outputs, one behind the other, are shared out evenly among the blocks of threads,
+//                  which may end and begin within a tile (stream-K, Osama et al., arXiv:2301.03598); SPLITS is 1
 //
 // The weights are the left operand and go from registers to the tensor cores; a byte of codes becomes a pair of 16-bit
 // numbers by one read of a table in shared memory, of which each bank has a copy. A tile lies in one column of
@@ -24,8 +26,10 @@
 #define STAGES 2
 #define COLUMN (ROWS * 128)      // bytes of a column of x
 #define TABLE_BYTES (256 * 32 * 4)
+#define SUMS_AT (SHARED_OUT ? TABLE_BYTES : 0)  // in shared memory; the table is needed for the next tile
 #define SUM_STRIDE (BM * 4 + 16)  // bytes between rows of sums in shared memory: what a warp writes is in all banks
 static_assert((KB == 2 || KB == 4) && ROWS % SPLITS == 0, "operands alternate; parts share the rows");
+static_assert(!SHARED_OUT || SPLITS == 1, "blocks that share tiles out are no parts of one");
 
 // d [64 features, 64 rows] = a [64, 16] b [16, 64], plus d if `add`
 template <int add>
@@ -54,22 +58,40 @@ __device__ __forceinline__ void decode(u32 (&a)[4][4], const uint4& codes, const
     }
 }
 
-// Grid: (tiles of ROWS rows, tiles of BM features, SPLITS).
+// Until another block of threads has written its sums.
+__device__ __forceinline__ void wait_for(const int* flag) {
+    int is_there = 0;
+    while (!is_there) asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(is_there) : "l"(flag) : "memory");
+}
+
+// Grid: (tiles of ROWS rows, tiles of BM features, SPLITS), or where they are shared out any number, all at once.
 //   codes     [features / 16, columns, 32 lanes] of 16 bytes; a column is 64 inputs
 //   absmax    [features / 16, columns / 4, 16 features, 4]
 //   pairs     [256], the two numbers of a byte, the first in the low half
 //   x, y      [rows, ..], with strides in elements
+//   partial   [blocks of threads, MW * NC * 32, THREADS], where tiles are shared out: sums of those not begun here
+//   written   [blocks of threads], zeros, and zeros again at the end: whether those sums are there
 extern "C" __global__ void __cluster_dims__(1, 1, SPLITS) __launch_bounds__(THREADS, RESIDENT)
 four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ absmax, const u32* __restrict__ pairs,
-                   const u16* __restrict__ x, u16* __restrict__ y, int rows, int tiles, int columns,
-                   long long x_stride, long long y_stride, float scale) {
+                   const u16* __restrict__ x, u16* __restrict__ y, float* partial, int* written, int rows, int tiles,
+                   int columns, long long x_stride, long long y_stride, float scale) {
     extern __shared__ __align__(1024) char shared[];  // swizzled atoms start at multiples of their size
     const u32 start = (u32)__cvta_generic_to_shared(shared), x_shared = start + TABLE_BYTES;
     char* table = shared;
     const u32 thread = threadIdx.x, lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
     const int split = blockIdx.z, steps = columns / KB;
+#if SHARED_OUT
+    const int row_tiles = (rows + ROWS - 1) / ROWS, all = (tiles * 16 + BM - 1) / BM * row_tiles * steps;
+    auto share = [&](int block) { return (int)((long long)all * block / gridDim.x); };
+    bool is_first = true;
+    for (int unit = share(blockIdx.x), until = share(blockIdx.x + 1); unit < until;) {
+    const int first = unit % steps, count = min(steps - first, until - unit);
+    const int row0 = unit / steps % row_tiles * ROWS, feature0 = unit / steps / row_tiles * BM;
+#else
+    const bool is_first = true;
     const int first = steps * split / SPLITS, count = steps * (split + 1) / SPLITS - first;
     const int row0 = blockIdx.x * ROWS, feature0 = blockIdx.y * BM;
+#endif
 
     const uint4* my_codes[MW];
     const float* my_absmax[MW];
@@ -100,14 +122,16 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         for (int m = 0; m < MW; m++) fetch(k, m);
     advance(0);
 
-    for (u32 entry = thread; entry < 256; entry += THREADS) {
-        const u32 pair = pairs[entry];
-        const uint4 four = {pair, pair, pair, pair};
+    if (is_first) {
+        for (u32 entry = thread; entry < 256; entry += THREADS) {
+            const u32 pair = pairs[entry];
+            const uint4 four = {pair, pair, pair, pair};
 #pragma unroll
-        for (int i = 0; i < 8; i++) reinterpret_cast<uint4*>(table)[entry * 8 + (i + lane) % 8] = four;
+            for (int i = 0; i < 8; i++) reinterpret_cast<uint4*>(table)[entry * 8 + (i + lane) % 8] = four;
+        }
+        asm volatile("griddepcontrol.launch_dependents;");
+        asm volatile("griddepcontrol.wait;" ::: "memory");  // only weights were read so far
     }
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // only weights were read so far
 
     // Eight lanes copy the 128 bytes of a row; rows that are not there become zeros.
     const u32 x_row = thread / 8, piece = thread % 8;
@@ -197,6 +221,27 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         }
     }
 
+#if SHARED_OUT
+    unit += count;
+    is_first = false;
+    if (first > 0) {  // whoever began the tile adds these to its own
+#pragma unroll
+        for (int i = 0; i < MW * NC * 32; i++)
+            partial[((long long)blockIdx.x * MW * NC * 32 + i) * THREADS + thread] = acc[i / 32 / NC][i / 32 % NC][i % 32];
+        __threadfence();
+        __syncthreads();
+        if (thread == 0) asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(written + blockIdx.x) : "memory");
+        continue;
+    }
+    for (int other = blockIdx.x + 1, end = unit - count + steps; share(other) < end; other++) {
+        wait_for(written + other);
+#pragma unroll
+        for (int i = 0; i < MW * NC * 32; i++)
+            acc[i / 32 / NC][i / 32 % NC][i % 32] += partial[((long long)other * MW * NC * 32 + i) * THREADS + thread];
+        __syncthreads();
+        if (thread == 0) written[other] = 0;
+    }
+#endif
     // To rows of y through shared memory; each part adds up its share of them.
     __syncthreads();
 #pragma unroll
@@ -207,7 +252,7 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
 #pragma unroll
             for (int i = 0; i < 32; i++) {
                 const u32 row = n * 64 + i / 4 * 8 + t * 2 + i % 2, at = feature + i / 2 % 2 * 8;
-                *reinterpret_cast<float*>(shared + row * SUM_STRIDE + at * 4) = acc[m][n][i];
+                *reinterpret_cast<float*>(shared + SUMS_AT + row * SUM_STRIDE + at * 4) = acc[m][n][i];
             }
     }
     meet();
@@ -218,8 +263,8 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int part = 0; part < SPLITS; part++) {
-            const u32 at = start + row * SUM_STRIDE + feature * 4;
-            const float4 v = SPLITS == 1 ? *reinterpret_cast<const float4*>(shared + row * SUM_STRIDE + feature * 4)
+            const u32 at = start + SUMS_AT + row * SUM_STRIDE + feature * 4;
+            const float4 v = SPLITS == 1 ? *reinterpret_cast<const float4*>(shared + SUMS_AT + row * SUM_STRIDE + feature * 4)
                                          : read_part(at, part);
             sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
         }
@@ -227,4 +272,8 @@ four_bit_warpgroup(const uint4* __restrict__ codes, const float* __restrict__ ab
         *reinterpret_cast<uint2*>(y + (row0 + row) * y_stride + feature0 + feature) = four;
     }
     if (SPLITS > 1) meet();  // none leaves while another reads what it has
+#if SHARED_OUT
+    __syncthreads();  // the sums have been read
+    }
+#endif
 }

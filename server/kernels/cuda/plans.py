@@ -26,7 +26,7 @@ class WarpgroupPlan:
     """A block of threads takes `row_chunks` x 64 rows of x and `groups` x `feature_tiles` x 64 output features, over
     one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` (2 or 4) x 64 at a time are in
     shared memory. A warpgroup has `temps` (1 or 2) chunks of products under way, `resident` blocks share a
-    multiprocessor."""
+    multiprocessor. `shared_out`: as many blocks as fit at once share all tiles out evenly (stream-K), `splits` is 1."""
 
     feature_tiles: int
     row_chunks: int
@@ -36,6 +36,7 @@ class WarpgroupPlan:
     resident: int
     splits: int
     early: bool = False
+    shared_out: bool = False
 
 
 Plan = RowsPlan | WarpgroupPlan
@@ -51,14 +52,34 @@ _MEASURED: dict[tuple[int, int], tuple[Plan | None, ...]] = {
         WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=4, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=2, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=2, early=True),
-        None,
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=2,
+            groups=2,
+            columns=4,
+            temps=2,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
     ),
     (4096, 4096): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=1, stages=3, resident=4, splits=8, early=True),
         RowsPlan(row_tiles=2, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=4, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=4, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=2, early=True),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=1,
+            groups=3,
+            columns=4,
+            temps=1,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
         WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=2, columns=2, temps=2, resident=1, splits=2, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=2, early=True),
     ),
@@ -66,19 +87,89 @@ _MEASURED: dict[tuple[int, int], tuple[Plan | None, ...]] = {
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=1, stages=3, resident=4, splits=2, early=True),
         RowsPlan(row_tiles=2, feature_tiles=2, warps=8, depth=1, stages=3, resident=1, splits=1, early=True),
         WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=1, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=1, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=2, columns=2, temps=2, resident=1, splits=1, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=4, groups=2, columns=2, temps=2, resident=1, splits=1, early=True),
-        None,
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=1,
+            groups=2,
+            columns=2,
+            temps=1,
+            resident=2,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=2,
+            groups=3,
+            columns=4,
+            temps=1,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=4,
+            groups=2,
+            columns=2,
+            temps=2,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=2,
+            groups=3,
+            columns=4,
+            temps=1,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
     ),
     (4096, 14336): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=2, stages=3, resident=4, splits=8, early=True),
         RowsPlan(row_tiles=2, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
         RowsPlan(row_tiles=4, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=4, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=4, early=True),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=1,
+            groups=2,
+            columns=4,
+            temps=1,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=2,
+            groups=2,
+            columns=4,
+            temps=2,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
         WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=2, columns=2, temps=2, resident=1, splits=2, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=2, early=True),
+        WarpgroupPlan(
+            feature_tiles=1,
+            row_chunks=2,
+            groups=3,
+            columns=4,
+            temps=1,
+            resident=1,
+            splits=1,
+            early=True,
+            shared_out=True,
+        ),
     ),
 }
 

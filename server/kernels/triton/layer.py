@@ -3,6 +3,8 @@
 Each kernel is launched early where the device can (see `kernels.triton.pdl`).
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from server.kernels.triton.pdl import launches_early
+
+_FEW_TOKENS = 256  # up to these, rope has a program a head, as many as there can be; beyond, one of several heads
+_MAX_GROUP = 8
 
 
 @triton.jit
@@ -74,19 +79,21 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _rope_and_store(
     qkv, q_norm, k_norm, eps, cos, sin, slots, q_out, k_cache, v_cache,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
-    EARLY: tl.constexpr,
+    GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and head: first the query heads, then key, then value heads."""
+    """One program a token and GROUP heads of one kind: first the query heads, then key, then value heads."""
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(1) * GROUP
+    member = tl.arange(0, GROUP)[:, None]
+    lane = tl.arange(0, HALF)[None, :]
+    inside = (lane < D // 2) & (member >= 0)
+    at = member * D + lane
     source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * D
-    lane = tl.arange(0, HALF)
-    inside = lane < D // 2
-    low = tl.load(source + lane, inside, 0.0)
-    high = tl.load(source + D // 2 + lane, inside, 0.0)
+    low = tl.load(source + at, inside, 0.0)
+    high = tl.load(source + D // 2 + at, inside, 0.0)
     slot = tl.load(slots + token)
     if head < HEADS:
         target = q_out + (token * HEADS + head) * D
@@ -96,18 +103,20 @@ def _rope_and_store(
         target = v_cache + (slot * KV_HEADS + head - HEADS - KV_HEADS) * D
     if head < HEADS + KV_HEADS:
         x, y = low.to(tl.float32), high.to(tl.float32)
+        is_lane = lane < D // 2
         if NORMED:
             norm = q_norm if head < HEADS else k_norm
-            scale = tl.rsqrt((tl.sum(x * x) + tl.sum(y * y)) / D + eps)
-            x = (x * scale * tl.load(norm + lane, inside, 0.0).to(tl.float32)).to(low.dtype).to(tl.float32)
-            y = (y * scale * tl.load(norm + D // 2 + lane, inside, 0.0).to(tl.float32)).to(low.dtype).to(tl.float32)
+            squares = tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)
+            scale = tl.rsqrt(squares / D + eps)[:, None]
+            x = (x * scale * tl.load(norm + lane, is_lane, 0.0).to(tl.float32)).to(low.dtype).to(tl.float32)
+            y = (y * scale * tl.load(norm + D // 2 + lane, is_lane, 0.0).to(tl.float32)).to(low.dtype).to(tl.float32)
         # cos repeats its first half in the second; sin of the second half is the plain sine.
-        c = tl.load(cos + token * D + lane, inside, 0.0).to(tl.float32)
-        s = tl.load(sin + token * D + D // 2 + lane, inside, 0.0).to(tl.float32)
+        c = tl.load(cos + token * D + lane, is_lane, 0.0).to(tl.float32)
+        s = tl.load(sin + token * D + D // 2 + lane, is_lane, 0.0).to(tl.float32)
         low = (x * c - y * s).to(low.dtype)
         high = (y * c + x * s).to(high.dtype)
-    tl.store(target + lane, low, inside)
-    tl.store(target + D // 2 + lane, high, inside)
+    tl.store(target + at, low, inside)
+    tl.store(target + D // 2 + at, high, inside)
 
 
 def rope_and_store(
@@ -127,10 +136,11 @@ def rope_and_store(
     q = torch.empty(n, heads, d, dtype=qkv.dtype, device=qkv.device)
     q_norm, k_norm = norms if norms is not None else (qkv, qkv)
     early = launches_early(qkv.device, n)
+    group = 1 if n <= _FEW_TOKENS else math.gcd(heads, kv_heads, _MAX_GROUP)
     if n:
-        _rope_and_store[(n, heads + 2 * kv_heads)](
+        _rope_and_store[(n, (heads + 2 * kv_heads) // group)](
             qkv, q_norm, k_norm, eps, cos, sin, slots, q, k_cache, v_cache,
             HEADS=heads, KV_HEADS=kv_heads, D=d, HALF=triton.next_power_of_2(d // 2), NORMED=norms is not None,
-            EARLY=early, launch_pdl=early, num_warps=1,
+            GROUP=group, EARLY=early, launch_pdl=early, num_warps=max(1, group // 4),
         )  # fmt: skip
     return q
