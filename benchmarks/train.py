@@ -3,8 +3,9 @@ script that times TRL beside it.
 
     python -m benchmarks.train --model DIR --method qlora --batch 2 --length 2048 --checkpointing
 
-No tokenizer and no data are needed: rows are token ids. Prints one JSON line: milliseconds a step, tokens a second,
-peak GiB (on a GPU torch's, else the process's).
+No tokenizer and no data are needed: rows are token ids. A model's directory with nothing but a config.json gets random
+weights, made on the device. Prints one JSON line: milliseconds a step, tokens a second, peak GiB (on a GPU torch's,
+else the process's).
 """
 
 import argparse
@@ -16,10 +17,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_base import random_base
 from trainer.batches import Feed
 from trainer.devices import choose_device
 from trainer.encoding import Example
-from trainer.loop import Alone, Evaluation, Loop, Progress, Step
+from trainer.fused import fuse_where_it_pays
+from trainer.groups import Alone
+from trainer.loop import Evaluation, Loop, Progress, Step
+from trainer.loss import CausalLoss
 from trainer.memory import checkpoint_layers
 from trainer.methods import METHODS
 from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
@@ -32,8 +37,9 @@ ROWS = 64
 class Clock:
     """Keeps when each step ended."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, profiles: bool) -> None:
         self._is_cuda = device.type == "cuda"
+        self._profiler = torch.profiler.profile() if profiles else None
         self.times: list[float] = []
         self.losses: list[float] = []
 
@@ -42,6 +48,13 @@ class Clock:
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
         self.losses.append(step.loss)
+        if self._profiler and len(self.times) == WARMUP - 2:
+            self._profiler.start()
+        elif self._profiler and len(self.times) == WARMUP - 1:
+            self._profiler.stop()
+            order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
+            table = self._profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)
+            print(table, flush=True)
 
     def evaluated(self, evaluation: Evaluation) -> None: ...
 
@@ -69,25 +82,34 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--plain", action="store_true", help="transformers' own layers, not the fused ones")
+    parser.add_argument(
+        "--profile", action="store_true", help="a table of what one of the first steps takes, by kernel"
+    )
     options = parser.parse_args()
     device, dtype = choose_device(options.device), getattr(torch, options.dtype)
     settings = Settings(
         method=options.method, rank=16, alpha=32.0, batch_size=options.batch, learning_rate=1e-4, schedule="linear"
     )
     torch.manual_seed(0)
-    lm: Any = METHODS[options.method].load_base(options.model, settings, dtype, device, options.attention)
+    lm: Any
+    if any(options.model.glob("*.safetensors")):
+        lm = METHODS[options.method].load_base(options.model, settings, dtype, device, options.attention)
+    else:
+        lm = random_base(options.model, dtype, device, options.attention, four_bit=options.method == "qlora")
     if options.method != "full":
         add_adapter(lm, settings, choose_targets(linear_layers(lm), settings.target_modules))
     if options.checkpointing:
         checkpoint_layers(lm)
+    clock = Clock(device, options.profile)
+    fused = None if options.plain or options.method == "full" else fuse_where_it_pays(lm, device, dtype, clock.note)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(1000, options.vocab, (options.length,), generator=generator).tolist() for _ in range(ROWS)]
     examples = [Example.of(ids, [True] * len(ids)) for ids in rows]
     feed = Feed(lambda first: [examples][first:], batch_size=options.batch, pack_to=None, seed=0)
-    clock = Clock(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    loop = Loop(lm, settings, pad_id=0, device=device, dtype=dtype, group=Alone())
+    loop = Loop(lm, settings, loss=CausalLoss(lm, fused), pad_id=0, device=device, dtype=dtype, group=Alone())
     loop.run(feed, options.steps, [], clock)
     step = (clock.times[-1] - clock.times[WARMUP - 1]) / (len(clock.times) - WARMUP)
     cuda = device.type == "cuda"
@@ -97,6 +119,7 @@ def main() -> None:
         "batch": options.batch,
         "length": options.length,
         "checkpointing": options.checkpointing,
+        "fused": fused is not None,
         "step_ms": round(step * 1e3),
         "tok_s": round(options.batch * options.length / step),
         "peak_gib": round(peak / 2**30, 1),

@@ -13,6 +13,7 @@ loop.py           the optimisation
 checkpoints.py    exact checkpoints; run_directory.py what a run leaves on disk
 memory.py         what a step takes, known beforehand; preview.py what is learned, to look at
 fit.py            one run from settings to a trained adapter
+groups.py         the processes that train together; launch.py starts them; sharding.py splits the weights
 served.py         the server's own forward pass in this process
 reference.py      the trainer's on the files that are shipped
 evaluate.py       what an adapter scores

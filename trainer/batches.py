@@ -18,6 +18,25 @@ Sequences = list[list[Example]]  # the rows of a step, each with the examples pa
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """Where the examples packed into flattened rows begin and end; padding counts as one. None attends to another."""
+
+    bounds: Tensor  # [examples + 1] int32
+    longest: int
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> "Segments":
+        """From positions [rows, length] that begin at 0 with every example."""
+        starts = (position_ids.flatten() == 0).nonzero().flatten()
+        bounds = torch.cat([starts, starts.new_full((1,), position_ids.numel())]).int()
+        return cls(bounds, int(bounds.diff().max()))
+
+    def to(self, device: torch.device) -> "Segments":
+        """On `device`."""
+        return Segments(self.bounds.to(device, non_blocking=True), self.longest)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Right-padded rows, without an attention mask: what is on the right is never seen from the left.
 
@@ -30,12 +49,14 @@ class Batch:
     places: Tensor  # [learned] int64: where in the flattened rows a learned token is predicted
     targets: Tensor  # [learned] int64: those tokens
     num_tokens: int  # without padding
+    segments: Segments | None = None  # what `position_ids` say
 
     def to(self, device: torch.device) -> "Batch":
         """On `device`."""
         position_ids = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
         ids, places, targets = (t.to(device, non_blocking=True) for t in (self.ids, self.places, self.targets))
-        return Batch(ids, position_ids, places, targets, self.num_tokens)
+        segments = None if self.segments is None else self.segments.to(device)
+        return Batch(ids, position_ids, places, targets, self.num_tokens, segments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +133,17 @@ class Feed:
         return -(-len(pack([len(example) for example in examples], self._pack_to)) // self._batch_size)
 
 
+def share(rows: Sequences, rank: int, size: int, at_once: int) -> Iterator[Sequences]:
+    """The micro-batches, of up to `at_once` of a step's `rows`, of process `rank` of `size`: every so-manieth row.
+
+    All processes get as many, so that those which exchange weights in a pass stay together: one that lacks rows gets
+    one with nothing to learn.
+    """
+    own = rows[rank::size]
+    for start in range(0, len(rows[::size]), at_once):
+        yield own[start : start + at_once] or [[Example.of([0, 0], [False, False])]]
+
+
 def group_by_length(lengths: Sequence[int], batch_size: int, rng: random.Random) -> list[list[int]]:
     """Indexes in batches of at most `batch_size`, each index once; rows of a batch are of similar length."""
     order = list(range(len(lengths)))
@@ -146,11 +178,12 @@ def collate(rows: Sequences, pad_id: int, *, pad_to: int = 1) -> Batch:
             position_ids[number, begin:end] = np.arange(len(example))
         position_ids[number, end:] = np.arange(length - end)
     learned = np.flatnonzero(mask)
-    is_packed = any(len(row) > 1 for row in rows)
+    packed = torch.from_numpy(position_ids) if any(len(row) > 1 for row in rows) else None
     return Batch(
         ids=torch.from_numpy(ids),
-        position_ids=torch.from_numpy(position_ids) if is_packed else None,
+        position_ids=packed,
         places=torch.from_numpy(learned - 1),  # no row's first token is learned, so this stays within its row
         targets=torch.from_numpy(ids.reshape(-1)[learned]),
         num_tokens=sum(len(example) for row in rows for example in row),
+        segments=None if packed is None else Segments.of(packed),
     )

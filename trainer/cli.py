@@ -19,6 +19,8 @@ from trainer.commands.fit import fit, resume
 from trainer.commands.preview import preview
 from trainer.commands.publish import evaluate, publish
 from trainer.commands.sweep import sweep
+from trainer.errors import PeerFailed
+from trainer.launch import own_rank
 
 EXIT_CODES = {"INVALID_ARGUMENT": 2, "FAILED_PRECONDITION": 4, "RESOURCE_EXHAUSTED": 5, "UNAVAILABLE": 6}
 INTERRUPTED = 130
@@ -61,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--debug" in given:
             traceback.print_exception(error)
         message, code = _explain(error)
-        note(f"error: {' '.join(message.split())}")
+        where = f" (process {own_rank()})" if own_rank() else ""
+        if not (where and isinstance(error, PeerFailed)):  # that one is said once
+            note(f"error{where}: {' '.join(message.split())}")
         return code
 
 

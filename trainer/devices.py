@@ -1,6 +1,8 @@
 """Where a run computes, in what, and with which attention."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +50,11 @@ def cpu_multiplies_bf16(cpuinfo: Path) -> bool:
 def choose_attention(longest: int, device: torch.device) -> str:
     """Transformers' name of the attention kernel, for rows of up to `longest` tokens."""
     return "eager" if device.type == "cpu" and longest <= EAGER_LENGTH else "sdpa"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Products in `dtype`, whatever the weights have."""
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

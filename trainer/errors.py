@@ -5,6 +5,7 @@ LorikeetError
 ├── SettingsError   INVALID_ARGUMENT     a number or a choice of the run is wrong
 ├── RunError        INVALID_ARGUMENT     a run's directory cannot be used
 ├── DiskFull        RESOURCE_EXHAUSTED   no room for a checkpoint or a result
+├── PeerFailed      ABORTED              another process of the same run has ended
 └── TrainingError   FAILED_PRECONDITION  training itself went wrong (the loss is not a number, …)
 """
 
@@ -37,6 +38,13 @@ class DiskFull(LorikeetError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "TRAINING_DISK_FULL"
+
+
+class PeerFailed(LorikeetError):
+    """Another process of the same run has ended; why, it said itself."""
+
+    code = "ABORTED"
+    reason = "TRAINING_PEER_FAILED"
 
 
 class TrainingError(LorikeetError):

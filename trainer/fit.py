@@ -3,7 +3,8 @@
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ import torch
 
 from adapters.manifest import TrainingInfo
 from trainer.checkpoints import Checkpoint
+from trainer.devices import autocast
 from trainer.errors import RunError
-from trainer.loop import Evaluation, Interrupted, Loop, Progress, Result, Step
-from trainer.memory import checkpoint_layers
+from trainer.fused import fuse_where_it_pays
+from trainer.groups import Alone, Group, first_process_first
+from trainer.loop import Evaluation, Interrupted, Listener, Loop, Progress, Result, Step
+from trainer.loss import CausalLoss
+from trainer.memory import checkpoint_layers, materialise, meta_model
 from trainer.methods import METHODS
 from trainer.methods import adapter as adapters
 from trainer.optim import optimizer_state, restore_optimizer
 from trainer.prepare import Note, Prepared, prepare, provenance
 from trainer.run_directory import MetricsFile, RunDirectory
 from trainer.settings import Settings
+from trainer.sharding import gather, like, shard, whole
 from trainer.trackers import Tracker, open_trackers
 
 
@@ -44,34 +50,48 @@ class Watcher:
     is_stopped: Callable[[], bool] = lambda: False
 
 
-def fit(settings: Settings, directory: Path, watcher: Watcher | None = None, base_model: Any = None) -> Report:
+def fit(
+    settings: Settings,
+    directory: Path,
+    watcher: Watcher | None = None,
+    base_model: Any = None,
+    group: Group | None = None,
+) -> Report:
     """Train as `settings` say, into the new run `directory`. Nothing is published.
 
     `base_model` spares loading the base: a transformers model as the method's `load_base` gives it, without adapter;
-    LoRA's layers are taken off again at the end. Raises LorikeetError kinds, and Interrupted.
+    LoRA's layers are taken off again at the end. With `group` this is one process of several, which all call this; the
+    first alone writes. Raises LorikeetError kinds, and Interrupted.
     """
-    watcher = watcher or Watcher()
+    watcher, group = watcher or Watcher(), group or Alone()
     settings = settings.resolved()
-    prepared = prepare(settings, watcher.note)
-    run = RunDirectory.create(directory, settings, provenance(settings, prepared))
-    return _train(settings, prepared, run, watcher, None, base_model)
+    run = RunDirectory(directory)
+    with first_process_first(group):
+        prepared = prepare(settings, watcher.note, num_devices=group.size)
+        if group.rank == 0:
+            run = RunDirectory.create(directory, settings, provenance(settings, prepared) | {"devices": group.size})
+    return _train(settings, prepared, run, watcher, None, base_model, group)
 
 
-def resume(directory: Path, watcher: Watcher | None = None) -> Report:
+def resume(directory: Path, watcher: Watcher | None = None, group: Group | None = None) -> Report:
     """Go on with the run in `directory` from its last checkpoint, from the start if it has none; to the same bits as
-    if it had never stopped (on CPU). Raises RunError if the data or the base are not what they were."""
-    watcher = watcher or Watcher()
+    if it had never stopped (on CPU, with as many processes). Raises RunError if the data or the base are not what they
+    were."""
+    watcher, group = watcher or Watcher(), group or Alone()
     run = RunDirectory.open(directory)
     settings = run.settings()
-    prepared = prepare(settings, watcher.note)
-    _check_same(run, provenance(settings, prepared))
     checkpoints = run.checkpoints(settings.keep_checkpoints)
-    steps = checkpoints.steps()
-    checkpoint = checkpoints.load(steps[-1]) if steps else None
-    step = steps[-1] if steps else 0
+    with first_process_first(group):
+        prepared = prepare(settings, watcher.note, num_devices=group.size)
+        steps = checkpoints.steps()
+        step = steps[-1] if steps else 0
+        checkpoint = checkpoints.load(step) if steps else None
+        if group.rank == 0:
+            _check_same(run, provenance(settings, prepared))
+            run.trim_metrics(step)
+            run.write_info(run.info() | {"devices": group.size})
     watcher.note(f"going on after step {step} of {prepared.num_steps}")
-    run.trim_metrics(step)
-    return _train(settings, prepared, run, watcher, checkpoint, None)
+    return _train(settings, prepared, run, watcher, checkpoint, None, group)
 
 
 def training_info(run: RunDirectory) -> TrainingInfo:
@@ -87,9 +107,10 @@ def training_info(run: RunDirectory) -> TrainingInfo:
 
 
 def load_base(settings: Settings, prepared: Prepared) -> Any:
-    """The base as the method holds it, on the device."""
+    """The base as the method holds it, on the device; on the CPU if its weights are to be sharded."""
+    device = torch.device("cpu") if prepared.sharded else prepared.device
     method = METHODS[settings.method]
-    return method.load_base(prepared.base.path, settings, prepared.dtype, prepared.device, prepared.attention)
+    return method.load_base(prepared.base.path, settings, prepared.dtype, device, prepared.attention)
 
 
 def _train(
@@ -99,44 +120,107 @@ def _train(
     watcher: Watcher,
     checkpoint: Checkpoint | None,
     base_model: Any,
+    group: Group,
 ) -> Report:
     held = settings.base_quantization or str(prepared.dtype).removeprefix("torch.")
-    watcher.note(f"loading {prepared.base.name} ({held}, {prepared.device})")
+    where = f"{prepared.device} × {group.size}" if group.size > 1 else str(prepared.device)
+    watcher.note(f"loading {prepared.base.name} ({held}{', sharded' if prepared.sharded else ''}, {where})")
     torch.manual_seed(settings.seed)
-    causal_lm = load_base(settings, prepared) if base_model is None else base_model
-    model = _add_adapter(causal_lm, settings, prepared, run, checkpoint)
-    if prepared.checkpointing:
-        checkpoint_layers(causal_lm)
-    progress = Progress.from_json(checkpoint.state["progress"]) if checkpoint else None
+    causal_lm, model = _build(settings, prepared, run, checkpoint, base_model, group)
+    loss = _checked_loss(causal_lm, settings, prepared, group, watcher.note)
+    watcher.note(_summary(causal_lm))
+    if prepared.sharded:
+        shard(loss, group, prepared.device)
     loop = Loop(
-        causal_lm, settings, pad_id=prepared.pad_id, device=prepared.device, dtype=prepared.dtype, progress=progress
+        causal_lm,
+        settings,
+        loss=loss,
+        pad_id=prepared.pad_id,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        group=group,
+        progress=Progress.from_json(checkpoint.state["progress"]) if checkpoint else None,
     )
     if checkpoint:
         _restore(loop, checkpoint)
-    loop.check(prepared.examples[0])
-    watcher.note(_summary(causal_lm))
-    recorder = _Recorder(loop, model, run, settings, watcher)
-    started = time.perf_counter()
-    try:
-        result = loop.run(prepared.feed, prepared.num_steps, prepared.eval_examples, recorder)
-    except Interrupted as error:
-        raise Interrupted(run.path) from error
-    finally:
-        recorder.close()
-    seconds = time.perf_counter() - started
+    elif not prepared.sharded:
+        group.share([parameter.detach() for parameter in loop.named.values()])
+    result, seconds = _run(loop, model, prepared, run, settings, watcher, group)
     if settings.streaming:
         watcher.note(str(prepared.counts))
-    _export(loop, causal_lm, model, prepared, run, settings)
-    run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
+    gather(loss, keep=group.rank == 0)
+    if group.rank == 0:
+        _export(causal_lm, model, prepared, run, settings)
+        run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
     if model is not None and base_model is not None:
         model.unload()
     return Report(run, settings, result, len(prepared.examples), seconds)
 
 
+def _build(
+    settings: Settings,
+    prepared: Prepared,
+    run: RunDirectory,
+    checkpoint: Checkpoint | None,
+    base_model: Any,
+    group: Group,
+) -> tuple[Any, Any]:
+    """The model that is trained; and as PEFT's, None for method full. Of one that is to be sharded, all processes but
+    the first have the shapes alone."""
+    model = None
+    if prepared.sharded and group.rank:
+        causal_lm = meta_model(prepared.base.path, settings, prepared.dtype, prepared.attention)
+        materialise(causal_lm)
+    else:
+        causal_lm = load_base(settings, prepared) if base_model is None else base_model
+        model = _add_adapter(causal_lm, settings, prepared, run if group.rank == 0 else None, checkpoint)
+    if prepared.checkpointing:
+        checkpoint_layers(causal_lm)
+    return causal_lm, model
+
+
+def _checked_loss(causal_lm: Any, settings: Settings, prepared: Prepared, group: Group, note: Note) -> CausalLoss:
+    """The loss, through fused layers where there are any. Raises TrainingError if it is not the model's own, on the
+    start of an example."""
+    fused = None
+    if settings.method != "full" and not prepared.sharded:
+        fused = fuse_where_it_pays(causal_lm, prepared.device, prepared.dtype, note)
+    loss = CausalLoss(causal_lm, fused)
+    if group.rank == 0:
+        causal_lm.eval()
+        ids = torch.from_numpy(prepared.examples[0].ids).long()
+        with autocast(causal_lm.device, prepared.dtype):
+            loss.check(ids.to(causal_lm.device))
+    return loss
+
+
+def _run(
+    loop: Loop,
+    model: Any,
+    prepared: Prepared,
+    run: RunDirectory,
+    settings: Settings,
+    watcher: Watcher,
+    group: Group,
+) -> tuple[Result, float]:
+    """What came of the loop, and its seconds. Raises Interrupted."""
+    listener: Listener = _Follower(loop, watcher)
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        if group.rank == 0:
+            listener = recorder = _Recorder(loop, model, run, settings, watcher)
+            stack.callback(recorder.close)
+        try:
+            result = loop.run(prepared.feed, prepared.num_steps, prepared.eval_examples, listener)
+        except Interrupted as error:
+            raise Interrupted(run.path) from error
+    return result, time.perf_counter() - started
+
+
 def _add_adapter(
-    causal_lm: Any, settings: Settings, prepared: Prepared, run: RunDirectory, checkpoint: Checkpoint | None
+    causal_lm: Any, settings: Settings, prepared: Prepared, run: RunDirectory | None, checkpoint: Checkpoint | None
 ) -> Any:
-    """LoRA's layers on `causal_lm`, as PEFT's model; None for method full."""
+    """LoRA's layers on `causal_lm`, as PEFT's model; None for method full. How they begin is kept in `run`."""
     if settings.method == "full":
         return None
     is_mutating = settings.init in adapters.MUTATING
@@ -146,7 +230,7 @@ def _add_adapter(
     model = adapters.add_adapter(causal_lm, settings, targets)
     if settings.init == "eva":
         adapters.start_by_eva(model, prepared.examples, prepared.pad_id, prepared.device)
-    if is_mutating and not checkpoint:
+    if is_mutating and run and not checkpoint:
         adapters.save_initial(model, run.initial)
     return model
 
@@ -156,19 +240,22 @@ def _restore(loop: Loop, checkpoint: Checkpoint) -> None:
         raise RunError("the checkpoint has other weights than this run trains; its config.yaml was changed")
     with torch.no_grad():
         for name, parameter in loop.named.items():
-            parameter.copy_(checkpoint.weights[name])
+            parameter.copy_(like(checkpoint.weights[name], parameter))
     restore_optimizer(loop.optimizer, (dict(checkpoint.optimizer), checkpoint.state["optimizer"]))
 
 
-def _export(loop: Loop, causal_lm: Any, model: Any, prepared: Prepared, run: RunDirectory, settings: Settings) -> None:
+def _export(causal_lm: Any, model: Any, prepared: Prepared, run: RunDirectory, settings: Settings) -> None:
     """The trained weights, the best if there was an evaluation, as others read them."""
     best = run.checkpoints().load_best()
     if best:
         with torch.no_grad():
-            for name, parameter in loop.named.items():
-                parameter.copy_(best.weights[name])
+            for name, parameter in causal_lm.named_parameters():
+                if name in best.weights:
+                    parameter.copy_(best.weights[name])
     if model is None:
-        causal_lm.to(prepared.dtype).save_pretrained(run.model)
+        for parameter in causal_lm.parameters():  # not `.to`, which asks modules that were sharded for their shards
+            parameter.data = parameter.data.to(prepared.dtype)
+        causal_lm.save_pretrained(run.model)
         prepared.tokenizer.save_pretrained(run.model)
     else:
         initial = run.initial if settings.init in adapters.MUTATING else None
@@ -232,9 +319,39 @@ class _Recorder:
         self._trackers.close()
 
     def _snapshot(self, progress: Progress) -> Checkpoint:
-        tensors, numbers = optimizer_state(self._loop.optimizer)
-        state = {"progress": progress.to_json(), "optimizer": numbers}
-        return Checkpoint(dict(self._loop.named), tensors, state, self._config)
+        return replace(take_snapshot(self._loop, progress, keep=True), adapter_config=self._config)
+
+
+class _Follower:
+    """The listener of every process but the first: it takes part in what all have to, and writes nothing."""
+
+    def __init__(self, loop: Loop, watcher: Watcher) -> None:
+        self._loop = loop
+        self.stepped = watcher.on_step
+        self.is_stopped = watcher.is_stopped
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """The first process's."""
+
+    def save(self, progress: Progress) -> None:
+        take_snapshot(self._loop, progress, keep=False)
+
+    def save_best(self, progress: Progress) -> None:
+        take_snapshot(self._loop, progress, keep=False)
+
+    def note(self, message: str) -> None:
+        """The first process's."""
+
+
+def take_snapshot(loop: Loop, progress: Progress, *, keep: bool) -> Checkpoint:
+    """What the run is now, whole and on the CPU, in the processes that `keep` it. Every process has to call this."""
+    weights = {}
+    for name, parameter in loop.named.items():
+        value = whole(parameter).detach()
+        if keep:
+            weights[name] = value.cpu()
+    tensors, numbers = optimizer_state(loop.optimizer, keep=keep)
+    return Checkpoint(weights, tensors, {"progress": progress.to_json(), "optimizer": numbers})
 
 
 def record_step(step: Step, metrics: MetricsFile, trackers: Tracker) -> None:

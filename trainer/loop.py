@@ -6,20 +6,22 @@ Knows nothing of files or methods.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from trainer.batches import PAD_TO, Batch, Feed, Position, Sequences, collate, num_learned
+from trainer.batches import PAD_TO, Batch, Feed, Position, Sequences, collate, num_learned, share
+from trainer.devices import autocast
 from trainer.encoding import Example
 from trainer.errors import TrainingError
+from trainer.groups import Alone, Group
 from trainer.loss import CausalLoss
 from trainer.optim import build_optimizer
 from trainer.schedule import lr_factor
 from trainer.settings import Settings
+from trainer.sharding import is_sharded, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,32 +145,13 @@ class Interrupted(Exception):
     """The run was stopped by its user, after a checkpoint."""
 
 
-class Group(Protocol):
-    """The processes that train together, each on its own device."""
-
-    rank: int
-    size: int
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each by its sum over all processes."""
-        ...
-
-
-class Alone:
-    """One process."""
-
-    rank = 0
-    size = 1
-
-    def add(self, tensors: Sequence[Tensor]) -> None:
-        """Nothing to add."""
-
-
 class Loop:
     """Trains the parameters of `causal_lm` that require gradients.
 
     Deterministic on CPU: the same data, settings and number of threads give the same bits, whether in one go or
-    resumed. A step's dropout depends on the seed and the step alone.
+    resumed. A step's dropout depends on the seed, the step and the process alone.
+
+    Every process of `group` has to be given the same data. Sharded weights come with a `loss` that gathers them.
     """
 
     def __init__(
@@ -176,6 +159,7 @@ class Loop:
         causal_lm: Any,
         settings: Settings,
         *,
+        loss: CausalLoss | None = None,
         pad_id: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
@@ -188,19 +172,15 @@ class Loop:
         self._device = device
         self._dtype = dtype
         self._group = group or Alone()
-        self._loss = CausalLoss(causal_lm)
+        self._loss = loss or CausalLoss(causal_lm)
         if settings.packing:
             self._loss.require_positions()
         self.named = {name: p for name, p in causal_lm.named_parameters() if p.requires_grad}
         self.optimizer = build_optimizer(self.named, settings)
         self._peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.progress = progress or Progress(micro_batch=settings.micro_batch or settings.batch_size)
-
-    def check(self, example: Example) -> None:
-        """Whether the loss is the model's own, on the start of `example`. Raises TrainingError if not."""
-        self._lm.eval()
-        with self._autocast():
-            self._loss.check(torch.from_numpy(example.ids).long().to(self._device))
+        share = settings.batch_size // self._group.size
+        self.progress = progress or Progress(micro_batch=settings.micro_batch or max(1, share))
+        self._is_sharded = is_sharded(list(self.named.values()))
 
     def run(self, feed: Feed, num_steps: int, evaluation: Sequence[Example], listener: Listener) -> Result:
         """Train until `num_steps` or until `patience` is out. Raises TrainingError as soon as a loss is not finite."""
@@ -221,7 +201,7 @@ class Loop:
                     listener.save(state)
                 if state.is_finished:
                     break
-                if listener.is_stopped():
+                if self._group.any(listener.is_stopped()):
                     listener.save(state)
                     raise Interrupted
         return Result.of(self.progress)
@@ -234,36 +214,44 @@ class Loop:
         for param_group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             param_group["lr"] = peak * factor
         learned = num_learned(rows)
-        while (loss := self._try_accumulate(rows, learned, index)) is None:
+        while (total := self._try_accumulate(rows, learned, index)) is None:
             self._halve(listener)
-        norm = self._clip()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingError(f"the loss became {loss} at step {index + 1}; try a smaller learning rate")
+        norm_before = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        loss, norm = torch.stack(
+            [total, norm_before.to(total)]
+        ).tolist()  # all is queued before the device is waited for
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(f"the loss became {loss} at step {index + 1}; try a smaller learning rate")
         num_tokens = sum(len(example) for row in rows for example in row)
         rate = (settings.learning_rate or 0.0) * factor
         seconds = time.perf_counter() - started
         return Step(index, num_steps, epoch, loss, learned, num_tokens, rate, norm, seconds)
 
-    def _try_accumulate(self, rows: Sequences, learned: int, index: int) -> float | None:
+    def _try_accumulate(self, rows: Sequences, learned: int, index: int) -> Tensor | None:
         """The mean loss over `learned` tokens, its gradients added up; None if memory ran out."""
-        torch.manual_seed((self._settings.seed << 32) + index)
+        torch.manual_seed((self._settings.seed << 32) + (self._group.rank << 24) + index)
         total = torch.zeros((), dtype=torch.float32, device=self._device)
+        ran_out = False
         try:
             for batch in self._batches(rows):
-                with self._autocast():
+                with autocast(self._device, self._dtype):
                     loss = self._loss(batch) / learned
                 loss.backward()
                 total += loss.detach()
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if self._is_sharded:  # the others wait for this process's part of a layer
+                raise TrainingError("out of memory; use a smaller micro-batch, or gradient checkpointing") from error
+            ran_out = True
+        if self._group.any(ran_out):
             self.optimizer.zero_grad(set_to_none=True)
             return None
         gradients = [p.grad for p in self.named.values() if p.grad is not None]
-        self._group.add([total, *gradients])
-        return float(total)
+        self._group.add([total] if self._is_sharded else [total, *gradients])  # shards are summed as they are made
+        return total
 
     def _halve(self, listener: Listener) -> None:
         size = self.progress.micro_batch or 1
@@ -278,21 +266,18 @@ class Loop:
 
     def _batches(self, rows: Sequences) -> Iterator[Batch]:
         """The micro-batches of `rows` that are this process's."""
-        size = self.progress.micro_batch or len(rows)
+        at_once = self.progress.micro_batch or len(rows)
         pad_to = PAD_TO if self._device.type == "cuda" else 1
-        for start in range(self._group.rank * size, len(rows), size * self._group.size):
-            yield collate(rows[start : start + size], self._pad_id, pad_to=pad_to).to(self._device)
+        for part in share(rows, self._group.rank, self._group.size, at_once):
+            yield collate(part, self._pad_id, pad_to=pad_to).to(self._device)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._dtype)
-
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """The norm of all gradients, before they are clipped to `max_grad_norm`."""
         parameters = [p for p in self.named.values() if p.grad is not None]
         limit = self._settings.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def _evaluate(self, examples: Sequence[Example], listener: Listener) -> None:
         state = self.progress
@@ -312,7 +297,7 @@ class Loop:
         rows = [[example] for example in sorted(examples, key=len)]
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for batch in self._batches(rows):
-            with self._autocast():
+            with autocast(self._device, self._dtype):
                 total += self._loss(batch).double()
         self._group.add([total])
         self._lm.train()

@@ -1,12 +1,13 @@
 """The loss of a causal language model on a batch, through its body and its head separately."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainer.batches import Batch
+from trainer.batches import Batch, Segments
 from trainer.crossentropy import summed_cross_entropy
 from trainer.errors import TrainingError
 
@@ -14,16 +15,22 @@ CHECK_TOKENS = 16
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
-class CausalLoss:
+class CausalLoss(nn.Module):
     """Summed cross entropy of `causal_lm` (a transformers model, with or without PEFT's layers inside).
 
     Its forward pass is taken apart: the body runs on all tokens, the head on those places alone that predict a learned
     one. What a head does besides a linear layer is known from the config; `check` finds out if that was not all.
+    A module, so that what gathers sharded weights has one to hold on to.
     """
 
-    def __init__(self, causal_lm: Any) -> None:
-        self._lm = causal_lm
+    def __init__(
+        self, causal_lm: Any, fused: Callable[[Tensor, Tensor | None, Segments | None], Tensor] | None = None
+    ) -> None:
+        """`fused` computes the body's last hidden states in its place."""
+        super().__init__()
+        self.causal_lm = causal_lm
         self._body = causal_lm.base_model
+        self._fused = fused
         config = causal_lm.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies, Granite divides
         self._scale = float(scale) / float(getattr(config, "logits_scaling", None) or 1.0)
@@ -35,18 +42,22 @@ class CausalLoss:
         if not self.takes_positions:
             raise TrainingError("packing needs a model that takes position_ids, and this base does not; leave it out")
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """The sum over the batch's targets of their negative log-likelihood in nats, fp32."""
-        return self.at(self.hidden(batch.ids, batch.position_ids), batch.places, batch.targets)
+        return self.at(self.hidden(batch.ids, batch.position_ids, batch.segments), batch.places, batch.targets)
 
     def at(self, hidden: Tensor, places: Tensor, targets: Tensor) -> Tensor:
         """The same, of `targets` [learned] that the flattened `places` of `hidden` [rows, length, width] predict."""
         learned = hidden.flatten(0, 1).index_select(0, places)  # [learned, width]
-        return summed_cross_entropy(learned, self._lm.get_output_embeddings(), targets, self._scale, self._softcap)
+        return summed_cross_entropy(
+            learned, self.causal_lm.get_output_embeddings(), targets, self._scale, self._softcap
+        )
 
-    def hidden(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, position_ids: Tensor | None = None, segments: Segments | None = None) -> Tensor:
         """The body's last hidden states [rows, length, width]."""
         assert position_ids is None or self.takes_positions, "packed rows need a model that takes position_ids"
+        if self._fused is not None:
+            return self._fused(ids, position_ids, segments)
         options = {} if position_ids is None else {"position_ids": position_ids}
         hidden: Tensor = self._body(input_ids=ids, use_cache=False, **options).last_hidden_state
         return hidden
@@ -55,9 +66,9 @@ class CausalLoss:
     def check(self, ids: Tensor) -> None:
         """Compare with the model's own loss on a few of `ids` [tokens]. Raises TrainingError if they differ."""
         ids = ids[:CHECK_TOKENS].unsqueeze(0)
-        if ids.shape[1] < 2 or self._lm.get_output_embeddings() is None:
+        if ids.shape[1] < 2 or self.causal_lm.get_output_embeddings() is None:
             return
-        logits = self._lm(input_ids=ids, use_cache=False).logits[0, :-1]
+        logits = self.causal_lm(input_ids=ids, use_cache=False).logits[0, :-1]
         expected = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="mean")
         places = torch.arange(ids.shape[1] - 1, device=ids.device)
         ours = self(Batch(ids, None, places, ids[0, 1:], ids.shape[1])) / len(places)

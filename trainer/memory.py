@@ -67,8 +67,10 @@ def needs_checkpointing(
     dtype: torch.dtype,
     device: torch.device,
     available: int,
+    num_shards: int = 1,
 ) -> bool:
-    """Whether a step would not fit into nine tenths of `available` bytes without it. Rows are `length` tokens."""
+    """Whether a step would not fit into nine tenths of `available` bytes without it. Rows are `length` tokens; weights
+    and what belongs to them are split over `num_shards` devices."""
     if settings.gradient_checkpointing != "auto":
         return settings.gradient_checkpointing == "on"
     rows = settings.micro_batch or settings.batch_size
@@ -85,7 +87,8 @@ def needs_checkpointing(
         device=device,
         checkpointing=False,
     )
-    return found.total > 0.9 * available
+    split = found.weights + found.adapters + found.gradients + found.optimizer
+    return found.total - split + split / num_shards > 0.9 * available
 
 
 def estimate(

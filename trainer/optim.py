@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trainer.settings import Settings
+from trainer.sharding import like, whole
 
 State = tuple[dict[str, Tensor], dict[str, int | float]]
 
@@ -43,14 +44,17 @@ def choose_optimizer(settings: Settings, device: torch.device) -> str:
     return "paged_adamw_8bit" if settings.method == "qlora" and device.type == "cuda" else "adamw"
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """What the optimizer remembers: tensors and numbers by "parameter.entry"."""
+def optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool = True) -> State:
+    """What the optimizer remembers: tensors, whole and on the CPU, and numbers, by "parameter.entry".
+    Without `keep` this process only takes part in making tensors whole."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, int | float] = {}
     for index, parameter in enumerate(_parameters(optimizer)):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value
+                value = whole(value)
+                if keep:
+                    tensors[f"{index}.{key}"] = value.cpu()
             else:
                 numbers[f"{index}.{key}"] = value
     return tensors, numbers
@@ -71,7 +75,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
         if isinstance(own.get(key), Tensor) and isinstance(value, Tensor):
             own[key].copy_(value)
         elif isinstance(value, Tensor):
-            own[key] = value.to(parameter.device) if key != "step" else value
+            own[key] = like(value, parameter) if key != "step" else value
         else:
             own[key] = value
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from trainer.encoding import Counts, Encoder, Example
 from trainer.errors import DataError, SettingsError
 from trainer.memory import available_memory, needs_checkpointing
 from trainer.settings import Settings
+from trainer.sharding import needs_sharding
 
 Note = Callable[[str], None]
 
@@ -55,6 +56,7 @@ class Prepared:
     attention: str
     longest: int
     checkpointing: bool
+    sharded: bool
 
     @property
     def pad_id(self) -> int:
@@ -62,9 +64,13 @@ class Prepared:
         return self.tokenizer.pad_token_id or 0
 
 
-def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Prepared:
+def prepare(settings: Settings, note: Note, like: Prepared | None = None, num_devices: int = 1) -> Prepared:
     """Check everything that can be checked before the model is loaded. `like` is another run's of the same base, whose
-    base and tokenizer are taken. Raises LorikeetError kinds."""
+    base and tokenizer are taken; `num_devices` how many share a step. Raises LorikeetError kinds."""
+    if settings.batch_size % num_devices:
+        raise SettingsError(
+            f"batch-size {settings.batch_size} cannot be split over {num_devices} devices; take a multiple of that"
+        )
     require_data(settings.data)
     if settings.eval_data:
         require_data(settings.eval_data)
@@ -96,7 +102,11 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Pre
         num_steps = feed.num_steps(examples) * settings.epochs
         num_steps = min(num_steps, settings.max_steps or num_steps)
     attention = choose_attention(longest, device)
-    checkpointing = needs_checkpointing(base.path, settings, config, longest, dtype, device, available_memory(device))
+    available = available_memory(device)
+    sharded = needs_sharding(base.path, settings, num_devices, available)
+    own = replace(settings, batch_size=settings.batch_size // num_devices)
+    num_shards = num_devices if sharded else 1
+    checkpointing = needs_checkpointing(base.path, own, config, longest, dtype, device, available, num_shards)
     if checkpointing and settings.gradient_checkpointing == "auto":
         note("gradient checkpointing is on: a step would not fit into the memory without it")
     return Prepared(
@@ -113,6 +123,7 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None) -> Pre
         attention=attention,
         longest=longest,
         checkpointing=checkpointing,
+        sharded=sharded,
     )
 
 

@@ -72,6 +72,9 @@ class Settings:
     optimizer: Optimizer = option("auto", "auto: adamw; for qlora on a GPU, paged and in 8 bits.")  # noqa: RUF009  (a field)
     weight_decay: float = option(0.0, "AdamW's weight decay.")
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: they are not.")
+    shard: Literal["auto", "on", "off"] = option(
+        "auto", "On several devices, split the weights too (FSDP2); auto: for full, and bases that one cannot hold."
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "auto: when memory would not do without.")
 
     eval_every: int | None = option(None, "Steps between evaluations [an epoch].")
@@ -142,7 +145,7 @@ class Settings:
 
     def as_metadata(self) -> dict[str, str | int | float | bool | None]:
         """What makes the adapter what it is, flat, for its manifest; no paths."""
-        local = {"data", "eval_data", "base", "name", "label", "store", "trackers", "device"}
+        local = {"data", "eval_data", "base", "name", "label", "store", "trackers", "device", "shard"}
         values = {name: value for name, value in asdict(self.resolved()).items() if name not in local}
         return {name: _flat(value) for name, value in values.items()}
 

@@ -1,5 +1,6 @@
 """Adapters as JSON and as rows of a table, be they a server's or a store's."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,10 @@ def version_details(version: "Version") -> dict[str, Any]:
         "base_quantization": training.base_quantization if training else None,
         "hyperparameters": dict(training.hyperparameters) if training else {},
         "metrics": dict(training.metrics) if training else {},
+        "scores": asdict(training.scores) if training and training.scores else {},
+        "data_digest": training.data_digest if training else None,
+        "tokenizer_digest": training.tokenizer_digest if training else None,
+        "template_digest": training.template_digest if training else None,
         "notes": manifest.notes or (training.notes if training else ""),
     }
 

@@ -149,7 +149,9 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(
 ) -> None:
     real = Loop._try_accumulate
     monkeypatch.setattr(
-        Loop, "_try_accumulate", lambda self, rows, n, index: float("nan") if index == 5 else real(self, rows, n, index)
+        Loop,
+        "_try_accumulate",
+        lambda self, rows, n, index: torch.tensor(torch.nan) if index == 5 else real(self, rows, n, index),
     )
     with pytest.raises(TrainingError, match="the loss became nan at step 6"):
         train(run="exploding", checkpoint_every=2)

@@ -19,8 +19,9 @@ def note(message: str) -> None:
 
 
 @contextmanager
-def watching() -> "Iterator[Watcher]":
-    """A watcher that draws; Ctrl-C and SIGTERM end the run after its current step, a second one at once."""
+def watching(*, quietly: bool = False) -> "Iterator[Watcher]":
+    """A watcher that draws, unless `quietly`; Ctrl-C and SIGTERM end the run after its current step, once more at
+    once."""
     import signal
     import threading
 
@@ -45,9 +46,10 @@ def watching() -> "Iterator[Watcher]":
         if stopped.is_set() or not is_running:
             raise KeyboardInterrupt
         stopped.set()
-        note("stopping after this step; once more to stop at once")
+        if not quietly:
+            note("stopping after this step; once more to stop at once")
 
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, disable=quietly or not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0, start=False)
 
         def on_step(step: "Step") -> None:
@@ -55,6 +57,8 @@ def watching() -> "Iterator[Watcher]":
             if not is_running:
                 is_running, started = True, time.perf_counter() - step.seconds
                 bar.start_task(task)
+            if quietly:
+                return
             num_tokens += step.num_tokens
             done, speed = step.index + 1, num_tokens / (time.perf_counter() - started)
             memory = peak_memory() / GIB
@@ -71,7 +75,10 @@ def watching() -> "Iterator[Watcher]":
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            yield Watcher(note, on_step, on_evaluation, stopped.is_set)
+            if quietly:
+                yield Watcher(on_step=on_step, is_stopped=stopped.is_set)
+            else:
+                yield Watcher(note, on_step, on_evaluation, stopped.is_set)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """`trainer fit` and `trainer resume`."""
 
 import json as json_module
+import tempfile
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -11,15 +12,20 @@ import typer
 from trainer.commands.display import note, watching
 from trainer.commands.options import Given, merge, with_settings
 from trainer.commands.process import prepare_process
+from trainer.launch import is_launched, launch, own_rank
 
 if TYPE_CHECKING:
     from adapters.versions import Version
     from trainer.fit import Report, Watcher
+    from trainer.groups import Group
     from trainer.settings import Settings
 
 Config = Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="Settings by these names; flags go before it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error, show the traceback.")]
+Devices = Annotated[
+    int, typer.Option(min=1, help="Train on so many devices, a process for each; a step stays as large.")
+]
 
 
 @with_settings
@@ -29,6 +35,7 @@ def fit(
     run: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's directory, new. Without it: in ./runs.")
     ] = None,
+    devices: Devices = 1,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -36,30 +43,48 @@ def fit(
     from trainer.data import check_rows
 
     settings = merge(given, config)
-    _check_publishing(settings)
-    for path in filter(None, (settings.data, settings.eval_data)):
-        if not settings.streaming:
-            check_rows(Path(path))  # again when training starts: cheap, and before anything is fetched or loaded
+    if own_rank() == 0:  # so that a fault is said once
+        _check_publishing(settings)
+        for path in filter(None, (settings.data, settings.eval_data)):
+            if not settings.streaming:
+                check_rows(Path(path))  # again when training starts: cheap, and before anything is fetched or loaded
+    directory = run or Path("runs") / f"{settings.name or settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
+    if devices > 1 and not is_launched():
+        with tempfile.TemporaryDirectory(prefix="lorikeet-config-") as scratch:
+            file = Path(scratch) / "config.yaml"
+            file.write_text(settings.to_yaml(), encoding="utf-8")
+            _launch(["fit", "--config", str(file), "--run", str(directory)], devices, as_json=json, debug=debug)
+        return
     prepare_process()
     from trainer import fit as training  # brings torch
 
-    directory = run or Path("runs") / f"{settings.name or settings.method}-{datetime.now():%Y%m%d-%H%M%S}"
-    _run(lambda watcher: training.fit(settings, directory, watcher), as_json=json)
+    _run(lambda watcher, group: training.fit(settings, directory, watcher, group=group), settings, as_json=json)
 
 
 def resume(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory.")],
+    devices: Devices = 1,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Go on with a run that was stopped, to the bits that it would have had."""
     from trainer.run_directory import RunDirectory
 
-    _check_publishing(RunDirectory.open(run).settings())
+    settings = RunDirectory.open(run).settings()
+    _check_publishing(settings)
+    if devices > 1 and not is_launched():
+        _launch(["resume", str(run)], devices, as_json=json, debug=debug)
+        return
     prepare_process()
     from trainer import fit as training
 
-    _run(lambda watcher: training.resume(run, watcher), as_json=json)
+    _run(lambda watcher, group: training.resume(run, watcher, group), settings, as_json=json)
+
+
+def _launch(arguments: list[str], devices: int, *, as_json: bool, debug: bool) -> None:
+    arguments += ["--json"] * as_json + ["--debug"] * debug
+    if code := launch(arguments, devices):
+        raise typer.Exit(code)
 
 
 def _check_publishing(settings: "Settings") -> None:
@@ -78,16 +103,21 @@ def _check_publishing(settings: "Settings") -> None:
     find_trackers(settings.trackers)
 
 
-def _run(train: "Callable[[Watcher], Report]", *, as_json: bool) -> None:
+def _run(train: "Callable[[Watcher, Group], Report]", settings: "Settings", *, as_json: bool) -> None:
+    from trainer.groups import joined
     from trainer.loop import Interrupted
     from trainer.report import write_report
 
-    with watching() as watcher:
+    is_first = own_rank() == 0
+    with watching(quietly=not is_first) as watcher, joined(settings.device) as group:
         try:
-            report = train(watcher)
+            report = train(watcher, group)
         except Interrupted as error:
-            note(f"stopped; `trainer resume {error.args[0]}` goes on")
+            if is_first:
+                note(f"stopped; `trainer resume {error.args[0]}` goes on")
             raise KeyboardInterrupt from error
+    if not is_first:
+        return
     write_report(report.run)
     _print(report, _publish(report) if report.settings.name else None, as_json=as_json)
 

@@ -1,25 +1,10 @@
 """Causal attention of rows, or of the examples packed into them."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Where the examples packed into flattened rows begin and end; none attends to another."""
-
-    bounds: Tensor  # int32 [examples + 1]
-    longest: int
-
-    @classmethod
-    def of(cls, position_ids: Tensor) -> "Segments":
-        """From positions [rows, length] that begin at 0 with every example. Waits for the device."""
-        starts = (position_ids.flatten() == 0).nonzero().flatten()
-        bounds = torch.cat([starts, starts.new_full((1,), position_ids.numel())]).int()
-        return cls(bounds, int(bounds.diff().max()))
+from trainer.batches import Segments
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer import kernels
-from trainer.fused.attention import Segments, attention
+from trainer.batches import Segments
+from trainer.fused.attention import attention
 from trainer.fused.projection import Group
 
 
@@ -45,9 +46,14 @@ class Layer:
     head_dim: int
     scale: float
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All products."""
+        return (self.qkv, self.o, self.gate_up, self.down)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """LoRA's, in the order of `_Function`'s arguments."""
-        for group in (self.qkv, self.o, self.gate_up, self.down):
+        for group in self.groups:
             yield from group.parameters()
 
 

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer import kernels
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
@@ -37,9 +39,7 @@ class Projection:
         """The base's weight [out, in]; of one in 4 bits a copy that is not kept."""
         weight: Tensor = self.base.weight
         if (state := getattr(weight, "quant_state", None)) is not None:
-            from bitsandbytes.functional import dequantize_4bit
-
-            weight = dequantize_4bit(weight, state)
+            weight = kernels.dequantize(weight, state)
         return weight.to(dtype)
 
     @property
@@ -47,12 +47,57 @@ class Projection:
         bias: Tensor | None = self.base.bias
         return bias
 
+    @property
+    def rank(self) -> int:
+        """0 without LoRA."""
+        return self.lora.rank if self.lora else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """`target` is `scale` times `source`, in the dtype that is computed in, whenever a pass begins."""
+
+    target: Tensor
+    source: nn.Parameter
+    scale: float
+
+
+def refresh(copies: Sequence[Copy]) -> None:
+    """Bring copies up to date; in few launches, however many they are."""
+    with torch.no_grad():
+        for scale in {copy.scale for copy in copies}:
+            targets = [copy.target for copy in copies if copy.scale == scale]
+            sources: list[Tensor] = [copy.source for copy in copies if copy.scale == scale]
+            torch._foreach_copy_(targets, sources if scale == 1.0 else torch._foreach_mul(sources, scale))
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """Projections of one input: q, k and v; gate and up; one alone."""
 
     projections: tuple[Projection, ...]
+    a: Tensor | None  # copies of each s · A, one on the other [r, in]
+    b: tuple[Tensor | None, ...]  # copies of each B [out, rank]
+    scales: Tensor | None  # [r]
+
+    @classmethod
+    def of(cls, projections: tuple[Projection, ...], dtype: torch.dtype) -> "Group":
+        """With copies in `dtype`, not yet made."""
+        loras = [projection.lora for projection in projections if projection.lora]
+        b = tuple(None if p.lora is None else torch.empty_like(p.lora.b, dtype=dtype) for p in projections)
+        if not loras:
+            return cls(projections, None, b, None)
+        first = loras[0].a
+        a = first.new_empty(sum(lora.rank for lora in loras), first.shape[1], dtype=dtype)
+        scales = [lora.scaling for lora in loras for _ in range(lora.rank)]
+        return cls(projections, a, tuple(b), torch.tensor(scales, dtype=dtype, device=first.device))
+
+    def copies(self) -> Iterator[Copy]:
+        """What has to be brought up to date before a pass."""
+        for projection, a, b in zip(self.projections, self._rows(self.a), self.b, strict=True):
+            if projection.lora and a is not None and b is not None:
+                yield Copy(a, projection.lora.a, projection.lora.scaling)
+                yield Copy(b, projection.lora.b, 1.0)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """A and B of each projection that has them, in that order."""
@@ -62,10 +107,10 @@ class Group:
                 yield projection.lora.b
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
-        """x [n, in] → each projection's y [n, out], on top of `residual` if given; and x Aᵀ [n, r]."""
-        low = self.low(x)
+        """x [n, in] → each projection's y [n, out], on top of `residual` if given; and s · x Aᵀ [n, r]."""
+        low = None if self.a is None else x @ self.a.t()
         outputs = []
-        for projection, part in zip(self.projections, self._split(low), strict=True):
+        for projection, b, part in zip(self.projections, self.b, self._columns(low), strict=True):
             weight = projection.weight(x.dtype)
             if residual is None:
                 y = F.linear(x, weight, _as(projection.bias, x))
@@ -74,70 +119,53 @@ class Group:
                 if projection.bias is not None:
                     y += projection.bias
             del weight
-            if projection.lora and part is not None:
-                y.addmm_(part, projection.lora.b.to(x.dtype).t(), alpha=projection.lora.scaling)
+            if b is not None and part is not None:
+                y.addmm_(part, b.t())
             outputs.append(y)
         return outputs, low
 
-    def low(self, x: Tensor) -> Tensor | None:
-        """x Aᵀ [n, r], None where no projection has LoRA."""
-        stacked = self._stacked_a(x.dtype)
-        return None if stacked is None else x @ stacked.t()
-
     def backward(self, grads: Sequence[Tensor], *, needs_input: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of the input [n, in] and of x Aᵀ [n, r], given those of each y [n, out]."""
-        dtype = grads[0].dtype
-        d_low = self._backward_low(grads)
+        """The gradients of the input [n, in] and of what `forward` gave beside y [n, r], given those of each y."""
+        d_low = None
+        if self.a is not None:
+            d_low = grads[0].new_empty(grads[0].shape[0], self.a.shape[0])
+            for b, grad, part in zip(self.b, grads, self._columns(d_low), strict=True):
+                if b is not None and part is not None:
+                    torch.mm(grad, b, out=part)
         if not needs_input:
             return None, d_low
         d_input: Tensor | None = None
         for projection, grad in zip(self.projections, grads, strict=True):
-            weight = projection.weight(dtype)
+            weight = projection.weight(grad.dtype)
             d_input = grad @ weight if d_input is None else d_input.addmm_(grad, weight)
             del weight
-        stacked = self._stacked_a(dtype)
-        if d_input is not None and d_low is not None and stacked is not None:
-            d_input.addmm_(d_low, stacked)
+        if d_input is not None and d_low is not None and self.a is not None:
+            d_input.addmm_(d_low, self.a)
         return d_input, d_low
 
     def lora_gradients(
         self, x: Tensor, low: Tensor | None, d_low: Tensor | None, grads: Sequence[Tensor]
     ) -> Iterator[Tensor]:
         """The gradients of `parameters`, from what `forward` took and gave and `backward` took and gave."""
-        if low is None or d_low is None:
+        if low is None or d_low is None or self.scales is None:
             return
-        d_stacked = d_low.t() @ x  # [r, in]
-        parts = zip(self.projections, self._split(low), self._split_rows(d_stacked), grads, strict=True)
+        d_stacked = (d_low * self.scales).t() @ x  # [r, in]
+        parts = zip(self.projections, self._columns(low), self._rows(d_stacked), grads, strict=True)
         for projection, part, d_a, grad in parts:
             if projection.lora and part is not None and d_a is not None:
-                b = projection.lora.b
                 yield d_a.to(projection.lora.a.dtype)
-                yield torch.addmm(b.to(x.dtype), grad.t(), part, beta=0, alpha=projection.lora.scaling).to(b.dtype)
+                yield (grad.t() @ part).to(projection.lora.b.dtype)
 
-    def _backward_low(self, grads: Sequence[Tensor]) -> Tensor | None:
-        total = sum(self._ranks())
-        if not total:
-            return None
-        d_low = grads[0].new_empty(grads[0].shape[0], total)
-        for projection, grad, part in zip(self.projections, grads, self._split(d_low), strict=True):
-            if projection.lora and part is not None:
-                b = projection.lora.b.to(grad.dtype)
-                part.copy_(grad @ b).mul_(projection.lora.scaling)
-        return d_low
+    def _columns(self, low: Tensor | None) -> Sequence[Tensor | None]:
+        return self._split(low, 1)
 
-    def _stacked_a(self, dtype: torch.dtype) -> Tensor | None:
-        """All A, one on the other [r, in]."""
-        parts: list[Tensor] = [projection.lora.a for projection in self.projections if projection.lora]
-        return torch.cat(parts).to(dtype) if parts else None
+    def _rows(self, stacked: Tensor | None) -> Sequence[Tensor | None]:
+        return self._split(stacked, 0)
 
-    def _ranks(self) -> list[int]:
-        return [projection.lora.rank if projection.lora else 0 for projection in self.projections]
-
-    def _split(self, low: Tensor | None) -> Sequence[Tensor | None]:
-        return [None] * len(self.projections) if low is None else low.split(self._ranks(), dim=1)
-
-    def _split_rows(self, stacked: Tensor) -> Sequence[Tensor]:
-        return torch.split(stacked, self._ranks(), dim=0)
+    def _split(self, tensor: Tensor | None, dim: int) -> Sequence[Tensor | None]:
+        if tensor is None:
+            return [None] * len(self.projections)
+        return torch.split(tensor, [projection.rank for projection in self.projections], dim=dim)
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -6,6 +6,8 @@ are frozen: gradients go to inputs alone. Names that end in `_` write over their
 Shapes use n = tokens, h = hidden size, d = head size, i = intermediate size.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from trainer.kernels import reference
@@ -64,3 +66,14 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
 
         return triton.cross_entropy_(logits, targets, scale)
     return reference.cross_entropy_(logits, targets, scale)
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """A weight [out, in] in 4 bits as bitsandbytes holds it, `state` its QuantState, in the state's dtype."""
+    if packed.is_cuda:
+        from trainer.kernels import triton
+
+        return triton.dequantize(packed, state)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, state)

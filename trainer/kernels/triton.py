@@ -1,5 +1,7 @@
 """The kernels on a GPU: one pass over memory each. Arithmetic is in float32."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -7,6 +9,7 @@ from torch import Tensor
 
 _ELEMENTS = 2048  # of a program of an elementwise kernel
 _WORDS = 4096  # logits at once
+_BYTES = 1024  # of packed weights, of a program
 
 
 @triton.jit
@@ -175,6 +178,41 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     if n:
         _cross_entropy[(n,)](logits, targets, losses, words, scale, BLOCK=_WORDS, num_warps=16)
     return losses.sum()
+
+
+@triton.jit
+def _dequantize(
+    packed, absmax, nested, table, offset, code, out, size, block_size, nested_size,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """One program BLOCK bytes, two weights each: the first in the high nibble."""
+    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = byte < size
+    both = tl.load(packed + byte, inside, 0).to(tl.int32)
+    block = byte // (block_size // 2)
+    scale = tl.load(absmax + block, inside, 0)
+    if NESTED:
+        outer = tl.load(nested + block // nested_size, inside, 0.0)
+        scale = tl.load(table + scale.to(tl.int32), inside, 0.0) * outer + tl.load(offset)
+    first = tl.load(code + (both >> 4)) * scale
+    second = tl.load(code + (both & 15)) * scale
+    values = tl.interleave(first, second)
+    index = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    tl.store(out + index, values, index < 2 * size)
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """See `kernels.dequantize`; one launch, the scales' own quantization undone on the way."""
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    size = packed.numel()
+    nested = state.state2 if state.nested else None
+    absmax, table, offset = (nested.absmax, nested.code, state.offset) if nested else (state.absmax,) * 3
+    _dequantize[(triton.cdiv(size, _BYTES),)](
+        packed, state.absmax, absmax, table, offset, state.code, out,
+        size, state.blocksize, nested.blocksize if nested else 1,
+        BLOCK=_BYTES, NESTED=nested is not None, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def _warps(block: int) -> int:
