@@ -1,14 +1,15 @@
 """Time a server while it is watched and while it is not, by turns; one JSON line.
 
     python -m benchmarks.observing [--model DIR] [--streams 16] [--adapters 16] [--prompt 32] [--new 32]
-                                   [--seconds 100] [--traces]
+                                   [--seconds 100] [--slice 1] [--traces]
 
-One server, a process of its own on loopback, in rounds: `streams` clients stream `new` tokens each, client i with
-adapter i % adapters. Rounds come in pairs, one of which is watched, first or second by turns: then the server counts
-every metric, logs a line of JSON for each call to a file, has its metrics and its status page read every five seconds,
-and with `--traces` sends spans to a collector in this process. In the other it does none of that.
+One server, a process of its own on loopback, under a load that goes on: `streams` clients stream one answer after the
+other, of `new` tokens give or take a quarter, client i with adapter i % adapters. By turns of `slice` seconds it is
+watched or not: watched it counts every metric, logs a line of JSON for each call to a file, has its metrics and its
+status page read every five seconds, and with `--traces` sends spans to a collector in this process; else it does none.
+Slices come in pairs, one of each kind, the first by turns.
 
-`cost` is by how much tokens per second are lower while watched, the mean over pairs, with half of its 95 % interval.
+`cost` is by how much fewer tokens came per second while watched, with half of its 95 % interval, from the pairs.
 `frontend_us_per_token` is CPU time of the front end, unwatched and watched, which has less noise; `frontend_cost` is
 the difference as a share of all cores' time: what it can take of the throughput where the cores are all busy.
 """
@@ -28,7 +29,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -49,7 +50,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=100.0, help="of rounds, in all")
+    parser.add_argument("--seconds", type=float, default=100.0, help="of slices, in all")
+    parser.add_argument("--slice", type=float, default=1.0)
     parser.add_argument("--traces", action="store_true", help="send spans, too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -58,6 +60,7 @@ def main() -> None:
         server = stack.enter_context(serving(args, Path(scratch), collector))
         plain, watched = asyncio.run(compare(args, server))
         case = {"streams": args.streams, "adapters": args.adapters, "prompt": args.prompt, "new": args.new}
+        case |= {"slice": args.slice}
         case |= {"device": args.device, "traces": args.traces}
         print(json.dumps({"benchmark": "observing", **case, **summary(plain, watched), **surroundings()}))
 
@@ -79,18 +82,20 @@ class Server:
         os.kill(self.pid, signal.SIGUSR1 if is_on else signal.SIGUSR2)
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What came in it: tokens, seconds of the clock, seconds that the front end computed."""
+
+    tokens: int
+    seconds: float
+    cpu: float
+
+
 @dataclass(slots=True)
-class Rounds:
-    """What they gave: tokens per second of each; tokens and the front end's CPU seconds of all."""
+class Count:
+    """Of tokens that have come."""
 
-    rates: list[float] = field(default_factory=list)
     tokens: int = 0
-    cpu: float = 0.0
-
-    def add(self, tokens: int, seconds: float, cpu: float) -> None:
-        self.rates.append(tokens / seconds)
-        self.tokens += tokens
-        self.cpu += cpu
 
 
 @contextmanager
@@ -129,43 +134,52 @@ def collecting() -> Iterator[str]:
         server.stop(None).wait()
 
 
-async def compare(args: argparse.Namespace, server: Server) -> tuple[Rounds, Rounds]:
-    """Pairs of rounds, unwatched and watched, until the time is up. Before, adapters are loaded and one warms up."""
-    plain, watched, looker = Rounds(), Rounds(), Looker(server)
+async def compare(args: argparse.Namespace, server: Server) -> tuple[list[Slice], list[Slice]]:
+    """Slices unwatched and watched until the time is up. Before, adapters are loaded and each client gets an answer."""
+    plain: list[Slice] = []
+    watched: list[Slice] = []
+    looker, count = Looker(server), Count()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
         for i in range(args.adapters):
             await adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=f"a{i}"))
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        await play(args, stub, server, Rounds())
+        await asyncio.gather(*(answer(args, stub, i, Count()) for i in range(args.streams)))
+        clients = [asyncio.create_task(answers(args, stub, i, count)) for i in range(args.streams)]
         deadline, order = time.monotonic() + args.seconds, (plain, watched)
         while time.monotonic() < deadline:
-            for rounds in order:
-                server.watch(rounds is watched)
-                with looker.looking() if rounds is watched else nullcontext():
-                    await play(args, stub, server, rounds)
+            for slices in order:
+                server.watch(slices is watched)
+                with looker.looking() if slices is watched else nullcontext():
+                    tokens, cpu, begin = count.tokens, server.cpu(), time.perf_counter()
+                    await asyncio.sleep(args.slice)
+                    slices.append(Slice(count.tokens - tokens, time.perf_counter() - begin, server.cpu() - cpu))
             order = order[::-1]
+        for client in clients:
+            client.cancel()
+        await asyncio.wait(clients)
     return plain, watched
 
 
-async def play(
-    args: argparse.Namespace, stub: "inference_pb2_grpc.InferenceServiceAsyncStub", server: Server, rounds: Rounds
+async def answers(
+    args: argparse.Namespace, stub: "inference_pb2_grpc.InferenceServiceAsyncStub", i: int, count: Count
 ) -> None:
-    """One round. Its prompts are new ones: none is in the prefix cache."""
-    rng = random.Random(time.monotonic_ns())
+    while True:
+        await answer(args, stub, i, count)
 
-    async def client(i: int) -> int:
-        request = inference_pb2.StreamGenerateRequest(
-            adapter_id=f"a{i % args.adapters}" if args.adapters else "",
-            token_ids=common_pb2.TokenIds(ids=[rng.randrange(1000, 40000) for _ in range(args.prompt)]),
-            sampling=common_pb2.Sampling(temperature=0.0),
-            stopping=common_pb2.Stopping(max_tokens=args.new, ignore_eos=True),
-        )
-        return sum([len(piece.token_ids) async for piece in stub.StreamGenerate(request)])
 
-    cpu, begin = server.cpu(), time.perf_counter()
-    tokens = sum(await asyncio.gather(*(client(i) for i in range(args.streams))))
-    rounds.add(tokens, time.perf_counter() - begin, server.cpu() - cpu)
+async def answer(
+    args: argparse.Namespace, stub: "inference_pb2_grpc.InferenceServiceAsyncStub", i: int, count: Count
+) -> None:
+    """One, to a prompt that is in no prefix cache."""
+    request = inference_pb2.StreamGenerateRequest(
+        adapter_id=f"a{i % args.adapters}" if args.adapters else "",
+        token_ids=common_pb2.TokenIds(ids=[random.randrange(1000, 40000) for _ in range(args.prompt)]),
+        sampling=common_pb2.Sampling(temperature=0.0),
+        stopping=common_pb2.Stopping(max_tokens=random.randint(args.new * 3 // 4, args.new * 5 // 4), ignore_eos=True),
+    )
+    async for piece in stub.StreamGenerate(request):
+        count.tokens += len(piece.token_ids)
 
 
 class Looker:
@@ -198,18 +212,18 @@ class Looker:
             self._due_in = LOOK_SECONDS
 
 
-def summary(plain: Rounds, watched: Rounds) -> dict[str, object]:
-    costs = [1 - seen / unseen for seen, unseen in zip(watched.rates, plain.rates, strict=True)]
+def summary(plain: list[Slice], watched: list[Slice]) -> dict[str, object]:
+    rates = [sum(one.tokens for one in slices) / sum(one.seconds for one in slices) for slices in (plain, watched)]
+    costs = [(a.tokens / a.seconds - b.tokens / b.seconds) / rates[0] for a, b in zip(plain, watched, strict=True)]
     half = 1.96 * statistics.stdev(costs) / len(costs) ** 0.5 if len(costs) > 1 else float("nan")
-    per_token = [rounds.cpu / rounds.tokens for rounds in (plain, watched)]
-    rate = statistics.mean(plain.rates)
+    per_token = [sum(one.cpu for one in slices) / sum(one.tokens for one in slices) for slices in (plain, watched)]
     return {
         "pairs": len(costs),
-        "tok_s": [round(statistics.mean(rounds.rates), 1) for rounds in (plain, watched)],
-        "cost": round(statistics.mean(costs), 4),
+        "tok_s": [round(rate, 1) for rate in rates],
+        "cost": round(1 - rates[1] / rates[0], 4),
         "cost_half_interval": round(half, 4),
         "frontend_us_per_token": [round(1e6 * seconds, 1) for seconds in per_token],
-        "frontend_cost": round((per_token[1] - per_token[0]) * rate / (os.cpu_count() or 1), 4),
+        "frontend_cost": round((per_token[1] - per_token[0]) * rates[0] / (os.cpu_count() or 1), 4),
     }
 
 

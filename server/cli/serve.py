@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from server.cli.notify import notify_ready
 from server.cli.options import (
     Base,
     Debug,
@@ -210,6 +211,7 @@ def serve(
         else:
             metrics = f"http://{metrics_host}:{page_port}/metrics"
             print(f"ready: {model.name} on {host}:{grpc_port}, metrics on {metrics}", flush=True)
+        notify_ready()
 
     registry = AdapterRegistry(adapter_store, model.digest)
     asyncio.run(serve_rpc(config, model, registry, on_started=announce))

@@ -2,15 +2,20 @@
 
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from server.cli.exits import ExitCode
+from tests.support.client import Client
 from tests.support.deployment import DEPLOY, ENDING_SECONDS, is_below, options
+from tests.support.server_process import ServerProcess
+from tests.support.tiny_base import save_tiny_base
 
 UNIT = DEPLOY / "systemd/lorikeet.service"
 PROGRAM = "/opt/lorikeet/bin/lorikeet"
@@ -43,10 +48,6 @@ def words(setting: str) -> list[str]:
 def test_the_commands_are_ones_that_the_command_line_takes() -> None:
     serving = options(words("ExecStart"))
     assert serving["base"] is not None, "from the file of options"
-    waiting = options(words("ExecStartPost"))
-    assert waiting["wait"]
-    assert environment()["LORIKEET_SERVER"] == f"{serving['host']}:{serving['port']}"
-    assert waiting["timeout"] < int(service()["TimeoutStartSec"]), "it says itself why"
 
 
 def test_only_what_is_its_own_is_written() -> None:
@@ -67,6 +68,25 @@ def test_a_stop_is_the_front_ends_and_has_time() -> None:
 def test_what_would_fail_again_is_not_started_again() -> None:
     assert service()["Restart"] == "on-failure"
     assert {int(code) for code in service()["RestartPreventExitStatus"].split()} == {ExitCode.USAGE, ExitCode.REFUSED}
+
+
+def test_systemd_hears_when_it_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `Type=notify` asks, at a path and at an abstract address: when requests are taken, and not before."""
+    assert service()["Type"] == "notify"
+    save_tiny_base(tmp_path / "tiny")
+    for address in (str(tmp_path / "notify"), f"@lorikeet-{uuid4()}"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(address.replace("@", "\0"))
+            manager.settimeout(60)
+            monkeypatch.setenv("NOTIFY_SOCKET", address)
+            server = ServerProcess.start(tmp_path, tmp_path / "tiny", tmp_path / "store")
+            try:
+                assert manager.recv(4096) == b"READY=1"
+                client = Client(server.port)
+                assert client.is_serving()
+                client.close()
+            finally:
+                server.stop()
 
 
 @pytest.mark.systemd
