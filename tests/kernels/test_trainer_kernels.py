@@ -4,6 +4,7 @@ interpreter."""
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor
 
 from tests.kernels.triton_device import DEVICE  # isort: skip  (first: it sets the interpreter up)
@@ -87,3 +88,14 @@ def test_cross_entropy(dtype: torch.dtype, tolerance: float, words: int, scale: 
         got = logits.clone()
         assert float(kernels.cross_entropy_(got, targets, scale)) == pytest.approx(float(want), rel=1e-5)
         assert close(got, d_logits, tolerance)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dequantize(quant_type: str, nested: bool, dtype: torch.dtype) -> None:
+    weight = draw(96, 192, dtype=dtype)
+    packed, state = quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
+    got, want = triton.dequantize(packed, state), dequantize_4bit(packed, state)
+    assert got.dtype is want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-6 if dtype is torch.float32 else 8e-3, atol=0)
