@@ -67,7 +67,7 @@ def compare(options: Namespace) -> int:
 
 def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:
     """The report with all that `file`, an earlier one, has measured already; as it is where there is none. Raises
-    LoadTestFailed for a report of something else: another scenario, base, machine or commit."""
+    LoadTestFailed for a report of something else: another scenario, base or machine. Commits are each mode's own."""
     if not file.exists():
         return report
     earlier = json.loads(file.read_text())
@@ -75,7 +75,7 @@ def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:
         if earlier[name] != report[name]:
             raise LoadTestFailed(f"--keep: {file} has another {name}; measure all modes again, or elsewhere")
     for name, value in report["environment"].items():
-        if name != "load" and earlier["environment"].get(name) != value:
+        if name not in ("load", "commit") and earlier["environment"].get(name) != value:
             was = earlier["environment"].get(name)
             raise LoadTestFailed(f"--keep: {file} was measured with {name} {was}, this is {value}; measure all again")
     commands = dict.fromkeys([*earlier["command"].splitlines(), report["command"]])
@@ -134,6 +134,7 @@ def measure(
         "bits": mode.bits,
         "use": mode.use,
         "command": server.command,
+        "commit": surroundings()["commit"],
         **device,
         "loads": results,
     }

@@ -52,6 +52,12 @@ def lengths(found: dict[str, Any]) -> str:
 
 def environment_of(report: Report) -> str:
     surroundings = [f"{key} {value}" for key, value in report["environment"].items() if value not in ("", None)]
+    commits: dict[str, list[str]] = {}
+    for mode in report["modes"]:
+        commits.setdefault(mode.get("commit", ""), []).append(mode["name"])
+    if len(commits) > 1:
+        surroundings = [text for text in surroundings if not text.startswith("commit ")]
+        surroundings += [f"{', '.join(names)} at commit {commit}" for commit, names in commits.items()]
     devices = {f"{mode.get('device')} in {mode.get('dtype')}" for mode in report["modes"]}
     return f"On {', '.join(sorted(devices))}; " + ", ".join(surroundings) + "."
 

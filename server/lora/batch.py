@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from server.kernels import RowRun, lora_decode, lora_segment
-from server.lora.pool import AdapterPool, Ranges
+from server.lora.pool import PAGE_ROWS, AdapterPool, Ranges
 
 # A run of tokens × rank rows up to this size is cheaper as one masked product than adapter by adapter.
 MASKED_LIMIT = 1 << 16
+
+# Weights of one product that are read in the time that one more run of rows takes to begin: some tens of microseconds
+# on a CPU. A smaller hole between the batch's adapters is cheaper to pass over, masked, than to leave out.
+HOLE_BYTES = 1 << 19
 
 
 class TokenSpan(NamedTuple):
@@ -78,17 +82,25 @@ def build_lora_batch(
     mixed_spans = spans if num_tokens * num_rows <= MASKED_LIMIT else list(decodes)
     mixed = sum(span.length for span in mixed_spans)
     device = next(iter(pool.groups.values())).a.device
-    return LoraBatch(pool, mixed, _runs(mixed_spans, device), _segments(spans[len(mixed_spans) :], mixed))
+    return LoraBatch(
+        pool, mixed, _runs(mixed_spans, device, _hole_rows(pool)), _segments(spans[len(mixed_spans) :], mixed)
+    )
 
 
-def _runs(spans: Sequence[TokenSpan], device: torch.device) -> tuple[RowRun, ...]:
-    """Rows of the spans' adapters, neighbours joined; a hole of other adapters' rows splits a run."""
+def _hole_rows(pool: AdapterPool) -> int:
+    """The rows whose weights, in one product, are HOLE_BYTES on average; at least the unused end of a page."""
+    num_products = sum(group.a.shape[0] for group in pool.groups.values())
+    return max(PAGE_ROWS, HOLE_BYTES * num_products // pool.row_bytes)
+
+
+def _runs(spans: Sequence[TokenSpan], device: torch.device, hole: int) -> tuple[RowRun, ...]:
+    """Rows of the spans' adapters, neighbours joined; a hole of `hole` rows or more, others' or free, splits a run."""
     ranges = sorted({piece for span in spans if span.rows is not None for piece in span.rows})
     if not ranges:
         return ()
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if joined and start - joined[-1][1] < 4:  # the unused end of a page is cheaper to pass over than to leave out
+        if joined and start - joined[-1][1] < hole:
             start = joined.pop()[0]
         joined.append((start, stop))
     foreign_to = {rows: _foreign(rows, joined) for rows in {span.rows for span in spans}}
