@@ -34,7 +34,7 @@ def publish_random(base: BaseModel, scratch: Path, count: int, rank: int) -> lis
 def serving(store: Path, model: str | None, *options: str) -> Iterator[int]:
     """`lorikeet serve` until the block ends; its port."""
     command = [sys.executable, "-m", "server.cli", "serve", "--json", "--store", str(store), "--port", "0"]
-    command += ["--metrics-port", "0", *options, *(["--base", model] if model else [])]
+    command += ["--metrics-port", "0", "--log-level", "warning", *options, *(["--base", model] if model else [])]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None, "the server's output is a pipe"

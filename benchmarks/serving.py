@@ -67,6 +67,7 @@ def publish(base: BaseModel, scratch: Path, count: int, rank: int) -> None:
 def time_server(args: argparse.Namespace, store: Path) -> dict[str, float]:
     """Start `lorikeet serve`, drive it from another process, stop it."""
     command = [sys.executable, "-m", "server.cli", "serve", "--json", "--store", str(store), "--port", "0"]
+    command += ["--log-level", "warning"]
     command += ["--metrics-port", "0", "--device", args.device, *(["--base", args.model] if args.model else [])]
     began = time.perf_counter()
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

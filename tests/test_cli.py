@@ -243,6 +243,7 @@ def test_without_a_command_shows_help_and_is_wrong_usage(capsys: pytest.CaptureF
         (["generate", "x", "--raw", "--system", "y"], "--system"),
         (["info", "--server", "localhost"], "--server"),
         (["serve", "--kv-cache-memory", "lots"], "--kv-cache-memory"),
+        (["serve", "--otlp-endpoint", "localhost:4317"], "--otlp-endpoint"),
         (["adapters", "import", "."], "--name"),
     ],
 )

@@ -165,7 +165,8 @@ class EngineClient:
             rest = b"" if lines[-1].endswith((b"\n", b"\r")) else lines.pop()
             for line in lines:
                 self._pass_on_line(line)
-        self._pass_on_line(rest)
+        if rest:
+            self._pass_on_line(rest)
 
     def _pass_on_line(self, line: bytes) -> None:
         text = line.decode(errors="replace")

@@ -135,10 +135,9 @@ class Call:
             self._ended("CANCELLED")
             raise asyncio.CancelledError from error  # which gRPC takes for an end that needs no status
         else:
-            is_known = isinstance(error, LorikeetError)
             public = error if isinstance(error, LorikeetError) else unexpected(error)
             self._ended(public.code, public)
-            if is_known and self.record.adapter is None:
+            if public is error and self.record.adapter is None:
                 self._calls.metrics.rejected(public.reason)
             await self._abort(status_of(public))
 

@@ -23,6 +23,9 @@ Method = Callable[[Any, Call], Awaitable[Message | None]]
 # Where a request says which adapter it is about.
 ADAPTER_FIELDS = ("adapter_id", "name")
 
+# Of that, for who hears of the call: more than an adapter's id can have.
+MAX_ADAPTER_ID = 300
+
 
 def service_handler(
     service: ServiceDescriptor, methods: Mapping[str, Method], calls: Calls, *, while_draining: bool = False
@@ -45,7 +48,7 @@ def _method_handler(
     async def handle(request: Message | InvalidRequest, context: Context) -> Message | None:
         async with Call(calls, service, name, context) as call:
             if adapter_field is not None and not isinstance(request, InvalidRequest):
-                call.record.adapter_id = getattr(request, adapter_field)
+                call.record.adapter_id = getattr(request, adapter_field)[:MAX_ADAPTER_ID]
             if not while_draining:
                 call.refuse_if_draining()
             if isinstance(request, InvalidRequest):

@@ -44,7 +44,8 @@ class Generation:
 @dataclass(slots=True)
 class CallRecord:
     """One call. `metadata` is the client's, without binary values and the last of each key. `adapter_id` is what was
-    asked for; `adapter` its name once it is known to exist ("" the base, None not known), `digest` what it stood for.
+    asked for, cut where it is too long to be one; `adapter` its name once it is known to exist ("" the base, None not
+    known), `digest` what it stood for.
 
     `code` (a gRPC code's name), `seconds` and `error` are set at the end; `trace_id` where the call is traced."""
 

@@ -9,8 +9,8 @@ from server.frontend.types import ChatMessage, Prompt
 from server.logs import Event
 from server.rpc.record import CallRecord, Generation
 
-# Of what came from a client or a store, in characters.
-MAX_TEXT = 300
+# Of an error's message, in characters.
+MAX_MESSAGE = 300
 
 
 class RequestLog:
@@ -41,7 +41,7 @@ class RequestEnded(Event):
             "code": record.code,
             "seconds": _rounded(record.seconds),
             "adapter": record.adapter or None,
-            "adapter_id": _cut(record.adapter_id) if record.adapter_id != record.adapter else None,
+            "adapter_id": record.adapter_id if record.adapter_id != record.adapter else None,
             "digest": record.digest or None,
         }
         if record.generation is not None:
@@ -73,17 +73,13 @@ def _generated(generation: Generation, adapter: str | None) -> dict[str, object]
 def _refused(error: LorikeetError) -> dict[str, object]:
     """A message about a field may quote what is in it, as a chat template does: the field must do."""
     field = error.metadata.get("field")
-    return {"reason": error.reason, "field": field, "error": _cut(error.message) if field is None else None}
+    return {"reason": error.reason, "field": field, "error": error.message[:MAX_MESSAGE] if field is None else None}
 
 
 def _prompt(prompt: Prompt) -> object:
     if isinstance(prompt, str):
         return prompt
     return [{"role": part.role, "content": part.content} if isinstance(part, ChatMessage) else part for part in prompt]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
 
 
 def _rounded(seconds: float) -> float:

@@ -109,7 +109,7 @@ def _of_generation(record: CallRecord, generation: Generation, base_name: str) -
     return {
         "gen_ai.operation.name": _operation(request),
         "gen_ai.provider.name": NAME,
-        "gen_ai.request.model": request.adapter_id or base_name,
+        "gen_ai.request.model": record.adapter_id or base_name,
         "gen_ai.request.max_tokens": request.max_tokens,
         "gen_ai.request.temperature": request.sampling.temperature,
         "gen_ai.request.top_p": request.sampling.top_p,

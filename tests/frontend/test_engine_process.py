@@ -1,6 +1,7 @@
 """The life and death of the engine process, as the front end hears of it."""
 
 import asyncio
+import json
 import os
 import stat
 import tempfile
@@ -76,6 +77,21 @@ def test_an_engine_that_refuses_its_base_or_a_setting_is_not_started_again(
 
     run(test())
     assert "loading" in capsys.readouterr().err
+
+
+def test_what_an_engine_writes_past_its_log_becomes_json_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def test() -> None:
+        frontend, _ = make_frontend(tmp_path, "--exit", "7", "--say", "a crash:\n  in C", log_format="json")
+        with pytest.raises(EngineUnavailable):
+            await frontend.start()
+        await frontend.stop(0.0)
+
+    run(test())
+    entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [entry["message"] for entry in entries] == ["a crash:", "  in C"]
+    assert {(entry["logger"], entry["level"]) for entry in entries} == {("engine", "warning")}
 
 
 def test_an_engine_that_dies_in_its_start_is_an_error(tmp_path: Path) -> None:

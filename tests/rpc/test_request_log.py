@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, InvalidAdapterId
 from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2
 from server.engine.messages import Serving, Timings
 from server.errors import InvalidRequest, ServerBusy
@@ -161,6 +161,13 @@ def test_what_never_reaches_the_engine_leaves_one_line_too() -> None:
     assert [line["field"] for line in lines] == ["request", "text", "prompt", "request_id", "adapter_id"]
     assert {(line["code"], line["reason"]) for line in lines} == {("INVALID_ARGUMENT", "REQUEST_INVALID")}
     assert len({line["request_id"] for line in lines}) == 5
+
+
+def test_what_a_client_may_write_at_length_is_cut() -> None:
+    error = InvalidAdapterId("x" * 100_000)
+    request = Whole(text=PROMPT, adapter_id="y" * 100_000)
+    line = only(lines_of(FakeBackend(failing(error)), lambda running: read(running.inference.Generate(request))))
+    assert (line["adapter_id"], line["error"]) == ("y" * 300, "x" * 300)
 
 
 def test_a_call_while_the_server_stops_leaves_a_line() -> None:
