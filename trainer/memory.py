@@ -7,6 +7,7 @@ What a library takes inside an operation is not seen (a few MiB), nor what an al
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.batches import Batch
+from trainer.batches import Batch, Segments
 from trainer.devices import choose_attention
+from trainer.fused import fuse
 from trainer.loss import CausalLoss
 from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
 from trainer.methods.base import known_attention
@@ -131,10 +133,12 @@ def _count(
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32),
     ):
         batch = fake_batch(rows, length, learned, packed=settings.packing)
-        loss = CausalLoss(lm)
+        fuses = device.type == "cuda" and dtype is torch.bfloat16 and settings.method != "full"
+        fused = fuse(lm, tries=False)[0] if fuses else None
+        loss = CausalLoss(lm, fused)
         if settings.packing:
             loss.require_positions()
-        hidden = loss.hidden(batch.ids, batch.position_ids)
+        hidden = loss.hidden(batch.ids, batch.position_ids, batch.segments)
         body_held = live.now
         live.peak = live.now
         total = loss.at(hidden, batch.places, batch.targets)
@@ -183,6 +187,7 @@ def materialise(lm: Any) -> None:
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                     if hasattr(old, "logical_shape"):
                         made[id(old)].logical_shape = old.logical_shape  # type: ignore[attr-defined]
+                        made[id(old)].quant_state = old.quant_state  # type: ignore[attr-defined]
                 tensors[name] = made[id(old)]
 
 
@@ -190,7 +195,8 @@ def fake_batch(rows: int, length: int, learned: int, *, packed: bool) -> Batch:
     """A batch of that shape."""
     ids = torch.zeros(rows, length, dtype=torch.int64)
     places = torch.zeros(learned, dtype=torch.int64)
-    return Batch(ids, ids if packed else None, places, places, rows * length)
+    segments = Segments(torch.zeros(2, dtype=torch.int32), length) if packed else None
+    return Batch(ids, ids if packed else None, places, places, rows * length, segments)
 
 
 def checkpoint_layers(lm: Any) -> None:
@@ -266,6 +272,7 @@ def _quantize(lm: Any, settings: Settings) -> None:
         size = int(layer.weight.numel() * FOUR_BITS[settings.double_quantization])
         layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
         layer.weight.logical_shape = shape
+        layer.weight.quant_state = SimpleNamespace(shape=shape, dtype=lm.dtype)
 
 
 def _unique(lm: Any) -> list[Tensor]:

@@ -83,3 +83,37 @@ def test_checkpointing_is_on_when_a_step_would_not_fit(base: BaseModel) -> None:
     assert not on(1 << 40)
     assert on(1 << 40, gradient_checkpointing="on")
     assert not on(1, gradient_checkpointing="off")
+
+
+def test_on_a_gpu_a_layer_keeps_what_the_fused_one_does(tmp_path: Path) -> None:
+    """The residual stream twice, q, k, v, the attention's result and its sums, gate and up; not what is recomputed."""
+    hidden, inner, heads, kv_heads, head_dim, tokens = 256, 1024, 4, 2, 64, 2 * 128
+
+    def activations(layers: int) -> int:
+        directory = tmp_path / str(layers)
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            num_hidden_layers=layers,
+            vocab_size=300,
+        ).save_pretrained(directory)
+        found = estimate(
+            directory,
+            Settings(rank=4, batch_size=2),
+            rows=2,
+            length=128,
+            learned=tokens,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda"),
+            checkpointing=False,
+        )
+        return found.activations + found.logits + found.gradients
+
+    numbers = 2 * hidden + (heads + 2 * kv_heads) * head_dim + heads * head_dim + 2 * inner
+    kept = tokens * (2 * numbers + 4 * heads)
+    lora = 4 * (7 * 4 * 2) * 2 * inner  # copies and gradients of LoRA's weights, at most
+    grown = (activations(6) - activations(2)) / 4
+    assert kept <= grown <= kept + lora

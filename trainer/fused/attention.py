@@ -3,13 +3,14 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from trainer.batches import Segments
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> Tensor:
     """q [rows, length, heads, d], k and v [rows, length, kv heads, d] → [rows, length, heads, d]. Differentiable."""
-    if segments is None:
+    if segments is None or isinstance(q, FakeTensor):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
     if q.is_cuda and q.element_size() == 2:

@@ -35,13 +35,14 @@ def fuse_where_it_pays(
     return fused
 
 
-def fuse(causal_lm: Any) -> tuple[FusedBody | None, str]:
+def fuse(causal_lm: Any, *, tries: bool = True) -> tuple[FusedBody | None, str]:
     """The fused body of `causal_lm` (transformers, with PEFT's LoRA layers inside or not), or None and why there is
-    none. The base must be frozen."""
+    none. The base must be frozen. A model without contents cannot be tried."""
     try:
         body = causal_lm.base_model
         fused = _read_body(body)
-        _try(body, fused)
+        if tries:
+            _try(body, fused)
     except _Unknown as error:
         return None, str(error)
     return fused, ""
@@ -102,7 +103,7 @@ def _read_projection(layer: Any) -> Projection:
     base = layer
     if isinstance(layer, LoraLayer):
         base, lora = layer.get_base_layer(), _read_lora(layer)
-    is_four_bit = type(base).__name__ == "Linear4bit"
+    is_four_bit = isinstance(base, nn.Linear) and hasattr(base.weight, "quant_state")
     if type(base) is not nn.Linear and not is_four_bit:
         raise _Unknown(f"{type(base).__name__} is not a plain linear layer")
     return Projection(base, lora)

@@ -1,5 +1,7 @@
 """The kernels' definitions in plain torch, for any device. Arithmetic is in float32; results have the inputs' dtype."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,6 +59,13 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     gradient[torch.arange(len(targets), device=targets.device), targets] -= 1
     logits.copy_(gradient * scale)
     return loss
+
+
+def dequantize(packed: Tensor, state: Any) -> Tensor:
+    """See `kernels.dequantize`."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, state)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
