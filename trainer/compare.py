@@ -1,7 +1,7 @@
 """Methods against each other on one base, one data set and one test: trained, served, asked, and put in one table.
 
 Every run is a process of its own, so that its peak memory is its own; what it learned is scored by the server's forward
-pass. A run that is there already is not trained again, so a comparison that was stopped goes on.
+pass. A run that is there already is not trained or asked again, so a comparison that was stopped goes on.
 """
 
 import json
@@ -9,8 +9,9 @@ import math
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from trainer.settings import CONFIG_FILE, Settings
 
 Note = Callable[[str], None]
 GIB = 1 << 30
+SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +93,45 @@ class Comparison:
         return self.mean(one, value) / divisor if divisor else math.nan
 
 
-def compare(plan: Plan, directory: Path, note: Note) -> Comparison:
-    """Train and score every method with every seed, in `directory`. Raises LorikeetError kinds."""
+def compare(plan: Plan, directory: Path, note: Note) -> Iterator[Comparison]:
+    """Train and score every method with every seed, in `directory`: what there is after each. Raises LorikeetError
+    kinds."""
     base = resolve_base(plan.settings.base, note)
     device = choose_device(plan.settings.device)
-    runs = [(method, seed) for seed in range(plan.num_seeds) for method in plan.methods]
-    for number, (method, seed) in enumerate(runs, 1):  # training first: while it runs, nothing else takes its memory
-        note(f"run {number} of {len(runs)}: {method}, seed {seed}")
-        _train(plan, method, seed, directory / _name(method, seed), note)
     questions = encode_questions(plan.test, plan.num_test, base)
-    served = ServedBase(base.path, base.spec, device)
-    bare = _score(served, None, questions)
+    scores = _Scores(directory / SCORES_FILE, plan)
+    bare = scores.get("base", lambda: _score(base, device, None, questions))
     note(f"base: {bare.exact_match:.1%} of the answers are exact")
-    trials = [_trial(RunDirectory.open(directory / _name(*run)), base, served, questions) for run in runs]
-    for trial in trials:
-        note(f"{trial.method}, seed {trial.seed}: {trial.score.exact_match:.1%}")
-    return Comparison(bare, tuple(trials))
+    trials: list[Trial] = []
+    runs = [(method, seed) for seed in range(plan.num_seeds) for method in plan.methods]
+    for number, (method, seed) in enumerate(runs, 1):
+        note(f"run {number} of {len(runs)}: {method}, seed {seed}")
+        name = _name(method, seed)
+        _train(plan, method, seed, directory / name, note)  # while it runs, nothing else takes its memory
+        run = RunDirectory.open(directory / name)
+        score = scores.get(name, partial(_score_run, run, base, device, questions))
+        note(f"{method}, seed {seed}: {score.exact_match:.1%}")
+        trials.append(_trial(run, base, score))
+        yield Comparison(bare, tuple(trials))
+
+
+class _Scores:
+    """Scores by name, in a file; those on other test rows do not count."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self._path = path
+        self._rows = {"test_digest": digest_files(plan.test), "num_test": plan.num_test}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self._scores: dict[str, Any] = known["scores"] if known.get("rows") == self._rows else {}
+
+    def get(self, name: str, make: Callable[[], Score]) -> Score:
+        """The score that is there, or one made and kept."""
+        if name not in self._scores:
+            self._scores[name] = asdict(make())
+            text = json.dumps({"rows": self._rows, "scores": self._scores}, indent=2)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(text + "\n", encoding="utf-8")
+        return Score(**self._scores[name])
 
 
 def _name(method: str, seed: int) -> str:
@@ -139,19 +164,12 @@ def _train(plan: Plan, method: str, seed: int, directory: Path, note: Note) -> N
         raise TrainingError(f"{method}, seed {seed}: {said.strip() or f'ended with {process.returncode}'}")
 
 
-def _trial(run: RunDirectory, base: BaseModel, served: ServedBase, questions: Questions) -> Trial:
+def _trial(run: RunDirectory, base: BaseModel, score: Score) -> Trial:
     settings = run.settings()
     steps = [line for line in run.metrics() if "tokens" in line]
     seconds = sum(line["seconds"] for line in steps)
     num_base = _num_parameters(base.path)
-    if settings.method == "full":
-        whole = resolve_base(str(run.model))
-        score = _score(ServedBase(whole.path, whole.spec, served.device), None, questions)
-        num_trained = num_all = num_base
-    else:
-        score = _score(served, run.adapter, questions)
-        num_trained = _num_parameters(run.adapter)
-        num_all = num_base + num_trained
+    num_adapter = 0 if settings.method == "full" else _num_parameters(run.adapter)
     return Trial(
         method=settings.method,
         seed=settings.seed,
@@ -159,11 +177,18 @@ def _trial(run: RunDirectory, base: BaseModel, served: ServedBase, questions: Qu
         seconds=seconds,
         tokens_per_second=sum(line["tokens"] for line in steps) / seconds,
         peak_bytes=max(line["memory_bytes"] for line in steps),
-        trained_share=num_trained / num_all,
+        trained_share=num_adapter / (num_base + num_adapter) if num_adapter else 1.0,
     )
 
 
-def _score(served: ServedBase, adapter: Path | None, questions: Questions) -> Score:
+def _score_run(run: RunDirectory, base: BaseModel, device: torch.device, questions: Questions) -> Score:
+    if run.settings().method == "full":
+        return _score(resolve_base(str(run.model)), device, None, questions)
+    return _score(base, device, run.adapter, questions)
+
+
+def _score(base: BaseModel, device: torch.device, adapter: Path | None, questions: Questions) -> Score:
+    served = ServedBase(base.path, base.spec, device)
     loaded = None if adapter is None else served.load_adapter(adapter)
     found = evaluate(served, loaded, questions.rows, questions.decoder, questions.end_ids)
     assert found.exact_match is not None, "the answers were asked for"
@@ -218,8 +243,11 @@ def as_markdown(comparison: Comparison) -> str:
             ]
         )
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    seeds = len(comparison.of(comparison.methods[0]))
-    lines += ["", f"Means over {seeds} seeds, ± their standard deviation." if seeds > 1 else "One seed.", ""]
+    seeds = {method: len(comparison.of(method)) for method in comparison.methods}
+    said = ", ".join(f"{count} ({method})" for method, count in seeds.items())
+    if len(set(seeds.values())) == 1:
+        said = str(seeds[comparison.methods[0]])
+    lines += ["", "One seed." if said == "1" else f"Means over {said} seeds, ± their standard deviation.", ""]
     for one, other, values in _ratios(comparison):
         said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         lines.append(f"- {one} / {other}: {said}")

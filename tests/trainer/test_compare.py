@@ -1,6 +1,7 @@
 """A comparison from the command line: its runs, its numbers, its table; and that it goes on where it stopped."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def test_a_comparison_trains_asks_and_writes_one_table(
     assert (out / "comparison.md").read_text().count("| 100.0% |") == 2
     for picture in ("comparison.png", "losses.png"):
         assert imread(out / picture).shape[:2] == (540, 960)
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in (*out.glob("*/metrics.jsonl"), out / "scores.json")}
     assert main(arguments(base, data, test, out)) == 0
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert main([*arguments(base, data, test, out), "--rank", "2"]) == 4
     assert "is a run with other settings; take another --out" in capsys.readouterr().err
 
@@ -67,6 +68,8 @@ def test_the_table_has_means_spreads_and_ratios() -> None:
     assert "| lora | 85.0% ± 7.1% | 0.5000 | 10 | 100 | 2.00 GiB | 1.00% |" in table
     assert "- lora / full: exact match 1.000, peak memory 0.500, tokens/s 1.000" in table
     assert "qlora" not in table
+    assert "Means over 2 seeds" in table
+    assert "Means over 2 (lora), 1 (full) seeds" in as_markdown(replace(comparison, trials=comparison.trials[:3]))
 
 
 @pytest.mark.parametrize(

@@ -48,13 +48,14 @@ def compare(
     from trainer.run_directory import RunDirectory
 
     plan = Plan(chosen, seeds, settings, tested, test_rows, {"full": full_lr})
-    comparison = run(plan, out, note)
-    text, table = as_json(comparison, plan), as_markdown(comparison)
-    (out / "comparison.json").write_text(text, encoding="utf-8")
-    (out / "comparison.md").write_text(table, encoding="utf-8")
-    (out / "comparison.png").write_bytes(plot_comparison(comparison))
-    losses = {method: list(RunDirectory.open(out / f"{method}-0").metrics()) for method in chosen}
-    (out / "losses.png").write_bytes(plot_losses(losses))
+    text = table = ""
+    for comparison in run(plan, out, note):  # after each run, so that what is done stays if the rest is not
+        text, table = as_json(comparison, plan), as_markdown(comparison)
+        (out / "comparison.json").write_text(text, encoding="utf-8")
+        (out / "comparison.md").write_text(table, encoding="utf-8")
+        (out / "comparison.png").write_bytes(plot_comparison(comparison))
+        losses = {method: list(RunDirectory.open(out / f"{method}-0").metrics()) for method in comparison.methods}
+        (out / "losses.png").write_bytes(plot_losses(losses))
     print(text if json else table, end="", flush=True)
 
 
