@@ -1,7 +1,7 @@
 """An engine in this process, driven by hand, and PEFT adapters for it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 BASE_DIGEST = "sha256:0"
+# Not seconds: a process that stands still, or has little of a busy machine, is not one that hangs. Two minutes idle.
+MAX_STEPS = 100_000
 
 
 class Inbox:
@@ -103,31 +105,29 @@ class Driver:
         stopping = StopParams(max_tokens=max_tokens, ignore_eos=True)
         self.engine.handle(Submit(request_id, prompt, params, stopping, adapter))
 
-    def run(self, *request_ids: str, seconds: float = 200) -> None:
+    def run(self, *request_ids: str) -> None:
         """Step until these have ended."""
-        deadline = time.monotonic() + seconds
-        while not all(self.inbox.ended(request_id) for request_id in request_ids):
-            assert time.monotonic() < deadline, f"not ended after {seconds} s"
+        self._step_until(lambda: all(self.inbox.ended(request_id) for request_id in request_ids))
+
+    def call(self, message: Call) -> CallDone:
+        """Step until the call is answered."""
+        self.engine.handle(message)
+        return self.answer(message.call_id)
+
+    def answer(self, call_id: str) -> CallDone:
+        """Step until a call that was made is answered."""
+        self._step_until(lambda: call_id in self.inbox.calls)
+        return self.inbox.calls.pop(call_id)
+
+    def _step_until(self, is_done: Callable[[], bool]) -> None:
+        for _ in range(MAX_STEPS):
+            if is_done():
+                break
             self.engine.step()
             if not self.engine.is_busy:
                 time.sleep(0.001)  # an adapter is on its way: leave the interpreter to the thread that reads it
+        assert is_done(), f"not after {MAX_STEPS} steps"
         self.engine.check_integrity()
-
-    def call(self, message: Call, seconds: float = 200) -> CallDone:
-        """Step until the call is answered."""
-        self.engine.handle(message)
-        return self.answer(message.call_id, seconds)
-
-    def answer(self, call_id: str, seconds: float = 200) -> CallDone:
-        """Step until a call that was made is answered."""
-        deadline = time.monotonic() + seconds
-        while call_id not in self.inbox.calls:
-            assert time.monotonic() < deadline, f"not answered after {seconds} s"
-            self.engine.step()
-            if not self.engine.is_busy:
-                time.sleep(0.001)
-        self.engine.check_integrity()
-        return self.inbox.calls.pop(call_id)
 
     def generate(
         self, prompt: list[int], max_tokens: int, adapter: AdapterRef | None = None, **sampling: Any
