@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from adapters.errors import BaseMismatch, InvalidAdapter
 from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
+from server.cli.adapters_fields import version_details
 from tests.support.tiny_base import save_tiny_base
 from trainer.errors import RunError, SettingsError, TrainingError
 from trainer.fit import fit
@@ -67,6 +68,8 @@ def test_what_is_published_says_how_it_was_made_and_what_it_scored(
     assert scores.exact_match == 1.0
     assert (scores.num_rows, scores.held_out, scores.rows_digest) == (8, False, digest_files(data))
     assert (scores.quantized_loss is None) == (training.method == "lora")
+    shown = version_details(version)
+    assert (shown["scores"]["loss"], shown["data_digest"]) == (scores.loss, training.data_digest)
 
 
 def test_plain_peft_loads_what_is_published(run: RunDirectory, base: BaseModel, tmp_path: Path) -> None:
