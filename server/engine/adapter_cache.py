@@ -141,7 +141,7 @@ class AdapterCache:
     def unload(self, digest: str, drain: bool = False) -> bool:
         """Drop an adapter from every tier, and a load that was only called for; absent is fine. While sequences hold it
         or wait for its load: AdapterInUse, or with `drain` False; then it goes once these have run, is given to no
-        later ones, and `poll` tells when it is gone."""
+        later ones, and `poll` tells when it is gone. True: it is gone, for earlier calls too; `poll` tells nothing."""
         loading, entry = self._loading.get(digest), self._device.entries.get(digest)
         if entry is not None and entry.is_merged:
             raise AdapterInUse(f"adapter {digest} is merged into the base; unmerge it first")

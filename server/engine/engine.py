@@ -181,7 +181,7 @@ class Engine:
         self._end_calls(self._load_calls.pop(digest, []), cancelled)
         self._merged.load_failed(digest, cancelled)
         if is_gone:
-            self._end_calls([message.call_id])
+            self._end_calls([*self._unload_calls.pop(digest, []), message.call_id])
         else:
             self._unload_calls[digest].append(message.call_id)
             self._channel.send(CallProgress(message.call_id, "draining"))

@@ -106,7 +106,9 @@ class CacheMachine(RuleBasedStateMachine):
         self.loads.discard(name)
         self.pins.discard(name)
         self.pinned.discard(name)
-        if not gone:
+        if gone:  # for those who drain it, too
+            self.unloads.discard(name)
+        else:
             self.unloads.add(name)
 
     # Workers and the loop

@@ -169,6 +169,21 @@ def test_unload_drains_what_runs_and_who_comes_later_has_it_loaded_anew(
     assert driver.engine.stats().adapter_loads["host"] == 2, "it was read again"
 
 
+def test_an_unload_that_finds_nobody_ends_the_drains_before_it(
+    llama: tuple[PreTrainedModel, Path], adapters: list[AdapterRef]
+) -> None:
+    driver = Driver(llama[1])
+    driver.generate(prompt(0, 5), 2, adapters[0])
+    driver.submit("runs", prompt(1, 5), 4, adapters[0])
+    driver.engine.step()
+    driver.engine.handle(UnloadAdapter("drain", adapters[0].digest, drain=True))
+    driver.run("runs")
+    driver.engine.handle(UnloadAdapter("now", adapters[0].digest))
+    for call in ("now", "drain"):
+        assert driver.answer(call).error is None
+    assert tiers(driver, adapters[0]) == []
+
+
 def test_a_load_that_is_unloaded_before_it_ends_is_cancelled(
     llama: tuple[PreTrainedModel, Path], adapters: list[AdapterRef]
 ) -> None:
