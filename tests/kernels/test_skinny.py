@@ -7,16 +7,16 @@ import torch
 
 from server.kernels.cuda.module import compile_source
 from server.kernels.cuda.skinny import macros, skinny_linear
-from server.kernels.cuda.skinny_plans import _HOPPER, MAX_ROWS, MIN_ROWS, SkinnyPlan, skinny_plan
+from server.kernels.cuda.skinny_plans import _HOPPER, MAX_ROWS, MIN_ROWS, ROWS, SkinnyPlan, skinny_plan
 from server.kernels.linear import pack_linear
 
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}  # half a unit in the last place of y, and a little more
 SHARED_BYTES = 227 * 1024  # that a block of threads may have on Hopper
 PLANS = (
-    SkinnyPlan(64, 1, 1, 2, 3, splits=1),
-    SkinnyPlan(64, 2, 2, 1, 3, splits=8),
-    SkinnyPlan(32, 1, 3, 1, 4, splits=4),
-    SkinnyPlan(16, 2, 1, 2, 2, splits=2, early=False),
+    SkinnyPlan(1, 1, 2, 3, splits=1),
+    SkinnyPlan(2, 2, 1, 3, splits=8),
+    SkinnyPlan(1, 3, 1, 4, splits=4),
+    SkinnyPlan(2, 1, 2, 2, splits=2, early=False),
 )
 
 
@@ -25,7 +25,7 @@ def test_a_measured_plan_fits_its_shape_and_the_gpu(shape: tuple[int, int]) -> N
     features, _ = shape
     plan = skinny_plan(MAX_ROWS, *shape)
     assert plan is not None
-    assert plan.rows >= MAX_ROWS
+    assert ROWS >= MAX_ROWS
     assert features % (plan.columns * 64) == 0
     assert plan.splits * plan.columns * 64 * plan.stages <= features  # every part fills its stages
     assert plan.shared_bytes <= SHARED_BYTES

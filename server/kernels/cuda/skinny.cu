@@ -2,7 +2,6 @@
 //
 // Compiled once a plan, with these macros:
 //   BF16           1: x, y, W are bfloat16; 0: float16
-//   ROWS           rows of x that a block of threads takes: 16, 32 or 64
 //   MW             tiles of 64 output features that a warpgroup takes
 //   GROUPS         warpgroups of a block of threads, each with its own features
 //   KB             columns of 64 inputs to a stage
@@ -16,6 +15,7 @@
 #include "warpgroup.cuh"
 
 #define BM (GROUPS * MW * 64)
+#define ROWS 64  // of x, that a block of threads takes
 #define THREADS (GROUPS * 128)
 #define W_COLUMN (BM * 128)      // bytes of a column of W
 #define X_COLUMN (ROWS * 128)    // and of x
@@ -30,10 +30,8 @@ struct __align__(64) TensorMap {
     u64 opaque[16];
 };
 
-
 // d [64 features, ROWS] = a [64, 16] b [16, ROWS], plus d if `add`
 __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 a, u64 b, int add) {
-#if ROWS == 64
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
                  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -44,19 +42,6 @@ __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 a, u64 b, int add
                    "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
                    "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
                  : "l"(a), "l"(b), "r"(add));
-#elif ROWS == 32
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),
-                   "+f"(d[15])
-                 : "l"(a), "l"(b), "r"(add));
-#else
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, 0, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-                 : "l"(a), "l"(b), "r"(add));
-#endif
 }
 
 __device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from server.kernels.cuda.module import INT, LONG, POINTER, Kernel, load, tensor_map
-from server.kernels.cuda.skinny_plans import SkinnyPlan
+from server.kernels.cuda.skinny_plans import ROWS, SkinnyPlan
 
 
 def macros(plan: SkinnyPlan, dtype: torch.dtype) -> dict[str, int]:
     """What the source is compiled with."""
-    names = {"ROWS": plan.rows, "MW": plan.feature_tiles, "GROUPS": plan.groups, "KB": plan.columns}
+    names = {"MW": plan.feature_tiles, "GROUPS": plan.groups, "KB": plan.columns}
     return names | {"STAGES": plan.stages, "SPLITS": plan.splits, "BF16": int(dtype is torch.bfloat16)}
 
 
@@ -45,7 +45,7 @@ def skinny_linear(x: Tensor, weight: Tensor, plan: SkinnyPlan) -> Tensor:
     assert x.stride(0) % 8 == 0, "and so must its rows"
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     of = _map(weight.data_ptr(), (out, features), x.dtype, plan.width)
-    grid = (-(-out // plan.width), -(-n // plan.rows), plan.splits)
+    grid = (-(-out // plan.width), -(-n // ROWS), plan.splits)
     arguments = (of, x, y, n, out, features // 64, x.stride(0), out)
     _kernel(plan, x.dtype, x.device).launch(grid, plan.groups * 128, arguments, _TYPES, plan.early)
     return y

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIN_ROWS, MAX_ROWS = 33, 64
+ROWS = 64  # of x, that a block of threads takes
 
 
 @dataclass(frozen=True, slots=True)
 class SkinnyPlan:
-    """A block of threads takes `rows` (16, 32 or 64) rows of x and `groups` × `feature_tiles` × 64 output features (at
-    most 256), over one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` × 64 make one of
+    """A block of threads takes ROWS rows of x and `groups` × `feature_tiles` × 64 output features (at most 256), over
+    one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` × 64 make one of
     `stages` in shared memory. `early`: programmatic dependent launch."""
 
-    rows: int
     feature_tiles: int
     groups: int
     columns: int
@@ -28,17 +28,17 @@ class SkinnyPlan:
     @property
     def shared_bytes(self) -> int:
         """Stages, a barrier for each, and room to align."""
-        return self.stages * (self.columns * (self.width + self.rows) * 128 + 8) + 1024
+        return self.stages * (self.columns * (self.width + ROWS) * 128 + 8) + 1024
 
 
 # Measured on an H200 in bf16, in decode steps of 64 rows: (input features, output features) → plan. Blocks leave room
 # for others on their multiprocessor: the next product's first stages are on their way before this one has ended. What
 # is not here is cuBLAS's; at 4096 × 4096 it is as fast.
 _HOPPER: Mapping[tuple[int, int], SkinnyPlan] = {
-    (4096, 6144): SkinnyPlan(64, 1, 1, 1, 6, splits=2),
-    (4096, 28672): SkinnyPlan(64, 1, 2, 2, 2, splits=1),
-    (14336, 4096): SkinnyPlan(64, 1, 1, 2, 6, splits=2),
-    (4096, 128256): SkinnyPlan(64, 1, 2, 1, 4, splits=1),
+    (4096, 6144): SkinnyPlan(1, 1, 1, 6, splits=2),
+    (4096, 28672): SkinnyPlan(1, 2, 2, 2, splits=1),
+    (14336, 4096): SkinnyPlan(1, 1, 2, 6, splits=2),
+    (4096, 128256): SkinnyPlan(1, 2, 1, 4, splits=1),
 }
 
 
