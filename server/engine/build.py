@@ -77,9 +77,9 @@ def build_engine(
     with counted():
         pool = AdapterPool(spec, adapter_budget(config.adapter_cache_bytes, available, on_cpu), dtype, device)
     max_model_len = min(config.max_model_len or spec.max_position, spec.max_position)
+    model = Transformer(spec, weights, max_model_len)
     if captures:
         progress("compiling or loading the prefill kernels")
-        model = Transformer(spec, weights, max_model_len)
         worst = worst_step_bytes(model, pool, config.page_size, max_model_len, max_batch_tokens, config.max_num_seqs)
         available = device_memory.left_for_kv(worst)
     elif device.type == "cuda":
@@ -98,7 +98,6 @@ def build_engine(
     # Where decodes are captured, one page more than there are to give out: padded rows of a batch write there.
     with counted():
         cache = KVCache.allocate(spec, num_pages + int(captures), config.page_size, dtype, device)
-    model = Transformer(spec, weights, max_model_len)
     pace = Pace()
     loader = AdapterLoader(spec, dtype, pin=device.type == "cuda", pace=pace)
     adapters = AdapterCache(
