@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from adapters.errors import LorikeetError
-from loadtest.compare import compare
+from loadtest.compare import compare, join
 from loadtest.modes import MODES
 from loadtest.overload import OWN_SERVER, overload
 from loadtest.run import echo, run
@@ -45,8 +45,13 @@ def parser() -> ArgumentParser:
     against.add_argument("--seconds", type=int, help="of each load [the scenario's]")
     against.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
     against.add_argument("--keep", action="store_true", help="keep what PREFIX.json has of other modes, and the echo")
+    against.add_argument("--no-echo", dest="echo", action="store_false", help="leave the load generator's own part out")
     against.add_argument("options", nargs="*", help="options of every server, after --")
     against.set_defaults(function=compare)
+    several = commands.add_parser("join", help="one report of several comparisons, each of modes of its own")
+    several.add_argument("parts", nargs="+", metavar="REPORT.json")
+    several.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
+    several.set_defaults(function=join)
     beyond = commands.add_parser("overload", help="the load that a server accepts, then several times that")
     beyond.add_argument("--server", metavar="HOST:PORT", help="a running server [one of its own, with random adapters]")
     beyond.add_argument("--base", metavar="DIR|HUB_ID", help="the base of its own server [SmolLM2-135M-Instruct]")

@@ -58,7 +58,7 @@ def compare(options: Namespace) -> int:
             except LorikeetError as error:
                 add(report, "left_out", _left_out(mode, error.message))
             write(report, prefix)  # what is interrupted, or killed, has lost nothing but the mode under way
-    if not report["echo"]:
+    if options.echo and not report["echo"]:
         report["echo"] = measure_echo(scenario, loads, options.processes)
     write(report, prefix)
     print(markdown_report(report))
@@ -71,15 +71,47 @@ def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:
     if not file.exists():
         return report
     earlier = json.loads(file.read_text())
+    _check_same(report, earlier, file)
+    return {**report, **earlier, "command": _commands(earlier, report)}
+
+
+def join(options: Namespace) -> int:
+    """One report of several, as of modes that were measured side by side. Raises LoadTestFailed for a file that cannot
+    be read, and for reports of different things, as `kept` does."""
+    report: dict[str, Any] = {}
+    for file in map(Path, options.parts):
+        try:
+            part = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise LoadTestFailed(f"{file}: not a report of `compare`: {error}") from error
+        report = joined(report, part, file) if report else part
+    write(report, Path(options.output))
+    print(markdown_report(report))
+    return int(any(load["failures"] for mode in report["modes"] for load in mode["loads"]))
+
+
+def joined(report: Mapping[str, Any], part: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """`report` and what `part`, of `file`, has measured. Raises LoadTestFailed for parts of different things."""
+    _check_same(report, part, file)
+    both = {**report, "command": _commands(report, part), "echo": report["echo"] or part["echo"]}
+    for name in ("left_out", "modes"):
+        for mode in part[name]:
+            add(both, name, mode)
+    return both
+
+
+def _check_same(report: Mapping[str, Any], other: Mapping[str, Any], file: Path) -> None:
     for name in ("base", "scenario", "users"):
-        if earlier[name] != report[name]:
-            raise LoadTestFailed(f"--keep: {file} has another {name}; measure all modes again, or elsewhere")
+        if other[name] != report[name]:
+            raise LoadTestFailed(f"{file} has another {name}; measure all modes again, or elsewhere")
     for name, value in report["environment"].items():
-        if name not in ("load", "commit") and earlier["environment"].get(name) != value:
-            was = earlier["environment"].get(name)
-            raise LoadTestFailed(f"--keep: {file} was measured with {name} {was}, this is {value}; measure all again")
-    commands = dict.fromkeys([*earlier["command"].splitlines(), report["command"]])
-    return {**report, **earlier, "command": "\n".join(commands)}
+        was = other["environment"].get(name)
+        if name not in ("load", "commit") and was != value:
+            raise LoadTestFailed(f"{file} was measured with {name} {was}, this is {value}; measure all again")
+
+
+def _commands(*reports: Mapping[str, Any]) -> str:
+    return "\n".join(dict.fromkeys(line for report in reports for line in report["command"].splitlines()))
 
 
 def add(report: dict[str, Any], part: str, mode: Mapping[str, Any]) -> None:

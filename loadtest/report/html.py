@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
-from loadtest.report.markdown import GENERATOR, environment_of, paragraph_of, title_of
-from loadtest.report.tables import Report, Table, costs, device_memory, generator, memory, speed
+from loadtest.report.markdown import FOUR_BITS, GENERATOR, environment_of, paragraph_of, title_of
+from loadtest.report.tables import Report, Table, costs, device_memory, four_bits, generator, memory, speed
 from server.metrics.plot import STYLE, Series, bars, line_plot, size_text
 
 COLORS = {"base": 0, "adapters": 1, "merged": 2}
@@ -16,7 +16,7 @@ Number = Callable[[Mapping[str, Any]], float | None]
 def html_report(report: Report) -> str:
     title = title_of(report)
     left_out = [f"<li>{escape(mode['title'])}: {escape(mode['why'])}</li>" for mode in report["left_out"]]
-    changed = costs(report)
+    changed, narrow = costs(report), four_bits(report)
     commands = "\n".join([report["command"], *(mode["command"] for mode in report["modes"])])
     parts = [
         f"<h1>{escape(title)}</h1><p>{escape(paragraph_of(report)).replace('`', '')}</p>",
@@ -25,6 +25,7 @@ def html_report(report: Report) -> str:
         f'<div class="plots">{"".join(plots(report))}</div>',
         f"<h2>Percentiles</h2>{_table(speed(report))}",
         f"<h2>What each way costs</h2><p class=soft>At the same load.</p>{_table(changed)}" if changed.rows else "",
+        f"<h2>Is 4-bit slower?</h2><p class=soft>{FOUR_BITS}</p>{_table(narrow)}" if narrow.rows else "",
         "<h2>Memory</h2>",
         f'<div class="wide">{bars(device_memory(report), title="On the device, by kind", form=size_text)}</div>',
         _table(memory(report)),

@@ -2,11 +2,16 @@
 
 from typing import Any
 
-from loadtest.report.tables import Report, Table, costs, generator, memory, speed
+from loadtest.report.tables import NOISE, Report, Table, costs, four_bits, generator, memory, speed
 
 GENERATOR = (
     "The same loads on a server that computes nothing, on the same machine. Where a mode comes near this throughput, "
     "it is Locust that was measured: give it more `--processes`."
+)
+
+FOUR_BITS = (
+    "The same loads on the base in 16 and in 4 bits: faster or slower by tokens a second and median time per token; "
+    f"differences up to {NOISE * 100:g} % count as none."
 )
 
 
@@ -15,6 +20,8 @@ def markdown_report(report: Report) -> str:
     found = costs(report)
     if found.rows:
         blocks += ["## What each way costs", "Against the same load on what it is compared with.", _table(found)]
+    if (narrow := four_bits(report)).rows:
+        blocks += ["## Is 4-bit slower?", FOUR_BITS, _table(narrow)]
     blocks += ["## Memory", _table(memory(report))]
     blocks += ["## The load generator itself", GENERATOR, _table(generator(report))]
     if report["left_out"]:

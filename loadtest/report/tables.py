@@ -17,6 +17,9 @@ COMPARED = (  # a mode, against another, and what that tells
     ("lora-4", "lora-16", "QLoRA instead of LoRA"),
 )
 
+# A change below it is none: what two runs of one mode differ by.
+NOISE = 0.03
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -70,6 +73,20 @@ def costs(report: Report) -> Table:
     return Table(("what is changed", "users", "tokens/s", "TPOT p50", "TTFT p50"), tuple(rows))
 
 
+def four_bits(report: Report) -> Table:
+    """Is it slower to serve from 4 bits? Each use of the base at each load, in both; no rows where only one was
+    measured."""
+    found = {(mode["use"], mode["bits"]): mode["loads"] for mode in report["modes"]}
+    rows = []
+    for use in dict.fromkeys(mode["use"] for mode in report["modes"]):
+        for wide, narrow in zip(found.get((use, 16), ()), found.get((use, 4), ()), strict=False):
+            tokens = tuple(f"{load['output_tokens_per_second']:.1f}" for load in (wide, narrow))
+            times = tuple(milliseconds(load, "tpot_seconds", "p50") for load in (wide, narrow))
+            rows.append((use, str(wide["users"]), *tokens, *times, _verdict(wide, narrow)))
+    columns = tuple(f"{what}, {bits}-bit" for what in ("tokens/s", "TPOT p50, ms") for bits in (16, 4))
+    return Table(("requests for", "users", *columns, "4-bit is"), tuple(rows))
+
+
 def memory(report: Report) -> Table:
     """Bytes by kind, at each mode's last load."""
     kinds = list(dict.fromkeys(kind for mode in report["modes"] for kind in _memory(mode)))
@@ -92,6 +109,18 @@ def device_memory(report: Report) -> list[tuple[str, list[tuple[str, float]]]]:
 def milliseconds(load: Mapping[str, Any], key: str, share: str) -> str:
     value = load[key].get(share)
     return "–" if value is None else f"{value * 1000:.1f}"
+
+
+def _verdict(wide: Mapping[str, Any], narrow: Mapping[str, Any]) -> str:
+    """By tokens a second and by the median time per token; changes within NOISE count as none."""
+    times = [load["tpot_seconds"].get("p50") for load in (wide, narrow)]
+    tokens = [load["output_tokens_per_second"] for load in (narrow, wide)]
+    if not all((*times, *tokens)):
+        return "–"
+    gains = {(gain > 1 + NOISE) - (gain < 1 - NOISE) for gain in (times[0] / times[1], tokens[0] / tokens[1])}
+    if gains == {1, -1}:
+        return "slower in one of them"
+    return "faster" if 1 in gains else "slower" if -1 in gains else "as fast"
 
 
 def _memory(mode: Mapping[str, Any]) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loadtest.compare import add, kept
+from loadtest.compare import add, joined, kept
 from loadtest.errors import LoadTestFailed
 from loadtest.overload import compared, is_as_promised
 
@@ -54,6 +54,19 @@ def test_a_report_of_something_else_is_not_gone_on_with(tmp_path: Path, changes:
     (tmp_path / "report.json").write_text(json.dumps(report()))
     with pytest.raises(LoadTestFailed, match=said):
         kept(report(**changes), tmp_path / "report.json")
+
+
+def test_reports_of_different_modes_are_joined() -> None:
+    echo = [{"users": 1}]
+    wide = report(modes=[{"name": "base-16"}], left_out=[{"name": "base-4", "why": "another run has it"}], echo=echo)
+    narrow = report(command="measure that", modes=[{"name": "base-4"}], left_out=[{"name": "lora-4", "why": "no room"}])
+    assert joined(narrow, wide, Path("wide.json"))["echo"] == echo
+    both = joined(wide, narrow, Path("narrow.json"))
+    assert (both["echo"], both["command"]) == (echo, "measure this\nmeasure that")
+    assert [mode["name"] for mode in both["modes"]] == ["base-16", "base-4"]
+    assert [mode["name"] for mode in both["left_out"]] == ["lora-4"]
+    with pytest.raises(LoadTestFailed, match=r"narrow.json has another users"):
+        joined(wide, narrow | {"users": [1]}, Path("narrow.json"))
 
 
 def load(tpot: float, **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from loadtest.modes import MODES, Mode, select, server_options
 from loadtest.report.html import html_report
 from loadtest.report.markdown import markdown_report
-from loadtest.report.tables import costs, generator, memory, speed
+from loadtest.report.tables import costs, four_bits, generator, memory, speed
 from loadtest.scenario import read_scenario
 from tests.support.browser import Browser, check_pictures
 
@@ -71,6 +71,27 @@ def test_the_tables_tell_the_numbers(report: dict[str, Any]) -> None:
     held = memory(report)
     assert held.head == ("mode", "weights", "kv", "adapters", "resident engine")
     assert held.rows[3][1:3] == ("64 MiB", "256 MiB")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tpot", "said"),
+    [
+        (1.2, 0.8, "faster"),
+        (1.2, 1.02, "faster"),
+        (0.98, 1.02, "as fast"),
+        (0.98, 1.2, "slower"),
+        (0.8, 1.2, "slower"),
+        (1.2, 1.2, "slower in one of them"),
+        (0.0, 1.2, "–"),
+    ],
+)
+def test_whether_four_bits_are_slower(report: dict[str, Any], tokens: float, tpot: float, said: str) -> None:
+    wide, narrow = ({"use": "base", "bits": bits} for bits in (16, 4))
+    wide |= {"loads": [load(4, 100.0, 0.02, 0)]}
+    narrow |= {"loads": [load(4, 100.0 * tokens, 0.02 * tpot, 0)]}
+    merged = {"use": "merged", "bits": 16, "loads": [load(4, 1.0, 1.0, 0)]}
+    (row,) = four_bits(report | {"modes": [wide, merged, narrow]}).rows
+    assert row == ("base", "4", "100.0", f"{100 * tokens:.1f}", "20.0", f"{20 * tpot:.1f}", said)
 
 
 def test_markdown_has_tables_commands_and_what_is_missing(report: dict[str, Any]) -> None:
