@@ -28,7 +28,8 @@ class FlashInferPlan:
 
     def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         pages = (-1, self.page_size, *k_cache.shape[1:])
-        out: Tensor = self.wrapper.run(q, (k_cache.view(pages), v_cache.view(pages)))
+        out = torch.empty_like(q)  # without it a prefill's wrapper fills one with zeros first
+        self.wrapper.run(q, (k_cache.view(pages), v_cache.view(pages)), out=out)
         return out
 
 

@@ -1,4 +1,6 @@
-"""Captured decode attention at real head shapes, replayed for batches of all kinds, against torch in float32."""
+"""Attention at real head shapes against torch in float32: captured decodes for batches of all kinds, and prefills."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,12 +13,23 @@ pytestmark = pytest.mark.gpu
 
 PAGE = 16
 NUM_PAGES = 4000
+CONFIG = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=16384)
+SPEC = ModelSpec.from_config({**CONFIG.to_dict(), "architectures": ["LlamaForCausalLM"]})
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LENGTHS = {
     1: [[1], [600], [4000]],
     16: [[600] * 16, [4000] + [30] * 12, [17]],
     64: [[600] * 64, [16000] + [20 * i + 1 for i in range(57)], [2] * 49],
 }
+
+
+def torch_attention(device: torch.device) -> TorchAttention:
+    return TorchAttention(SPEC.softmax_scale, SPEC.num_kv_heads, PAGE, device)
+
+
+def drawing(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    return lambda *size: torch.randn(*size, device=device, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -26,17 +39,10 @@ def test_decode_buckets(bucket_size: int, dtype: torch.dtype) -> None:
     from server.model.flashinfer_attention import FlashInferAttention
 
     device = torch.device("cuda", 0)
-    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=16384)
-    spec = ModelSpec.from_config({**config.to_dict(), "architectures": ["LlamaForCausalLM"]})
-    attention = FlashInferAttention(spec, PAGE, NUM_PAGES, dtype, device)
-    reference = TorchAttention(spec.softmax_scale, spec.num_kv_heads, PAGE, device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device=device, generator=generator).to(dtype)
-
-    shape = ((NUM_PAGES + 1) * PAGE, spec.num_kv_heads, spec.head_dim)
-    q, k_cache, v_cache = draw(bucket_size, spec.num_heads, spec.head_dim), draw(*shape), draw(*shape)
+    attention, reference = FlashInferAttention(SPEC, PAGE, NUM_PAGES, dtype, device), torch_attention(device)
+    draw = drawing(dtype, device)
+    shape = ((NUM_PAGES + 1) * PAGE, SPEC.num_kv_heads, SPEC.head_dim)
+    q, k_cache, v_cache = draw(bucket_size, SPEC.num_heads, SPEC.head_dim), draw(*shape), draw(*shape)
     bucket = attention.decode_bucket(bucket_size)
     bucket.update([])
     bucket.plan.run(q, k_cache, v_cache)
@@ -58,3 +64,31 @@ def test_decode_buckets(bucket_size: int, dtype: torch.dtype) -> None:
             want = plan.run(q[row : row + 1].float(), k_cache.float(), v_cache.float())[0]
             error = (out[row].float() - want).norm() / want.norm()
             assert error <= TOLERANCE[dtype], f"row {row} of {len(chunks)}, {chunk.num_keys} keys: {error}"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@torch.inference_mode()
+def test_steps_with_prefills(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is written, whatever was in the memory that the result takes: decodes, first and later chunks."""
+    from server.model.flashinfer_attention import FlashInferAttention
+
+    device = torch.device("cuda", 0)
+    attention, reference = FlashInferAttention(SPEC, PAGE, NUM_PAGES, dtype, device), torch_attention(device)
+    draw = drawing(dtype, device)
+    shape = (NUM_PAGES * PAGE, SPEC.num_kv_heads, SPEC.head_dim)
+    k_cache, v_cache = draw(*shape), draw(*shape)
+    for starts, lengths in (([0], [1]), ([0] * 16, [512] * 16), ([70, 0, 4000, 33, 0], [1, 1, 300, 100, 1300])):
+        free = iter(torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(2)).tolist())
+        chunks = [
+            AttentionChunk(start, length, [next(free) for _ in range(-(-(start + length) // PAGE))])
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        q = draw(sum(lengths), SPEC.num_heads, SPEC.head_dim)
+        decodes = [chunk for chunk in chunks if chunk.length == 1]
+        plan = attention.plan(decodes, chunks[len(decodes) :])
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+            out = plan.run(q, k_cache, v_cache)
+        want = reference.plan(decodes, chunks[len(decodes) :]).run(q.float(), k_cache.float(), v_cache.float())
+        error = (out.float() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+        assert error.max() <= TOLERANCE[dtype], f"{starts} {lengths}: {error.max()}"
