@@ -40,6 +40,7 @@ class Clock:
     def __init__(self, device: torch.device, profiles: bool) -> None:
         self._is_cuda = device.type == "cuda"
         self._profiler = torch.profiler.profile() if profiles else None
+        self.profiled: dict[str, int] = {}
         self.times: list[float] = []
         self.losses: list[float] = []
 
@@ -52,9 +53,17 @@ class Clock:
             self._profiler.start()
         elif self._profiler and len(self.times) == WARMUP - 1:
             self._profiler.stop()
-            order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
-            table = self._profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=70)
-            print(table, flush=True)
+            self._tell(self._profiler.key_averages())
+
+    def _tell(self, events: Any) -> None:
+        """Print a table of the step's operations; keep what its kernels took and how often any was launched."""
+        order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
+        print(events.table(sort_by=order, row_limit=40, max_name_column_width=70), flush=True)
+        cuda = torch.autograd.DeviceType.CUDA
+        kernels = [event for event in events if event.device_type is cuda and not event.is_user_annotation]
+        launches = [event.count for event in events if "Launch" in event.key]
+        time_us = sum(event.self_device_time_total for event in kernels)
+        self.profiled = {"kernels_ms": round(time_us / 1e3), "launches": sum(launches)}
 
     def evaluated(self, evaluation: Evaluation) -> None: ...
 
@@ -125,7 +134,7 @@ def main() -> None:
         "peak_gib": round(peak / 2**30, 1),
         "loss": round(clock.losses[-1], 4),
     }
-    print(json.dumps(outcome), flush=True)
+    print(json.dumps(outcome | clock.profiled), flush=True)
 
 
 if __name__ == "__main__":
