@@ -59,8 +59,7 @@ class Clock:
         """Print a table of the step's operations; keep what its kernels took and how often any was launched."""
         order = "self_cuda_time_total" if self._is_cuda else "self_cpu_time_total"
         print(events.table(sort_by=order, row_limit=40, max_name_column_width=70), flush=True)
-        cuda = torch.autograd.DeviceType.CUDA
-        kernels = [event for event in events if event.device_type is cuda and not event.is_user_annotation]
+        kernels = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
         launches = [event.count for event in events if "Launch" in event.key]
         time_us = sum(event.self_device_time_total for event in kernels)
         self.profiled = {"kernels_ms": round(time_us / 1e3), "launches": sum(launches)}
