@@ -26,11 +26,16 @@ from server.base.resolve import BaseModel, resolve_base
 
 
 def compare(options: Namespace) -> int:
-    """Play, then write PREFIX.json, .html and .md; 1 if any request failed or nothing could be played, else 0."""
+    """Play, then write PREFIX.json, .html and .md; 1 if any request failed or no mode that was asked for could be
+    played, else 0. Raises LoadTestFailed for a scenario that not every mode can be asked."""
     scenario = read_scenario(options.scenario).at(seconds=options.seconds)
+    if scenario.swap is not None or scenario.adapters.popularity == "base":
+        raise LoadTestFailed(
+            f"--scenario {options.scenario}: a comparison needs requests for adapters, and no hot swaps"
+        )
     loads = [int(users) for users in options.users.split(",")]
     base = resolve_base(options.base, _say)
-    known = server_options()
+    modes, known = select(options.modes), server_options()
     report: dict[str, Any] = {
         "scenario": msgspec.to_builtins(scenario),
         "base": base.name,
@@ -47,8 +52,8 @@ def compare(options: Namespace) -> int:
         report = kept(report, prefix.with_name(f"{prefix.name}.json"))
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        store = publish_for(scenario, base, Path(scratch))
-        for mode in select(options.modes):
+        store = publish_for(scenario, base, Path(scratch)) if modes else Path(scratch)
+        for mode in modes:
             if missing := mode.missing(known):
                 add(report, "left_out", _left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
                 continue
@@ -62,7 +67,7 @@ def compare(options: Namespace) -> int:
         report["echo"] = measure_echo(scenario, loads, options.processes)
     write(report, prefix)
     print(markdown_report(report))
-    return int(not found or any(load["failures"] for mode in found for load in mode["loads"]))
+    return int((bool(modes) and not found) or any(load["failures"] for mode in found for load in mode["loads"]))
 
 
 def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:

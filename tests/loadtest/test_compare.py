@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from loadtest.__main__ import main
 from loadtest.compare import add, joined, kept
 from loadtest.errors import LoadTestFailed
 from loadtest.overload import compared, is_as_promised
@@ -67,6 +68,11 @@ def test_reports_of_different_modes_are_joined() -> None:
     assert [mode["name"] for mode in both["left_out"]] == ["lora-4"]
     with pytest.raises(LoadTestFailed, match=r"narrow.json has another users"):
         joined(wide, narrow | {"users": [1]}, Path("narrow.json"))
+
+
+def test_a_scenario_that_not_every_mode_can_play_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--scenario", "quick"]) == 2, "it swaps adapters"
+    assert "--scenario quick: a comparison needs requests for adapters, and no hot swaps" in capsys.readouterr().err
 
 
 def load(tpot: float, **changes: Any) -> dict[str, Any]:

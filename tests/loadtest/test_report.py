@@ -121,6 +121,7 @@ def test_modes_are_chosen_by_what_the_server_knows() -> None:
     assert mode.missing(known) == ["--no-such-option"]
     assert mode.options_for("a0") == ["--max-num-seqs", "4", "--no-such-option", "a0"]
     assert [mode.name for mode in select("lora-4,base-16")] == ["lora-4", "base-16"]
+    assert select("") == []
 
 
 def test_every_mode_is_asked_for_the_same_lengths() -> None:
