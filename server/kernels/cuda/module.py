@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.base.cache import cache_root
+from server.kernels.cuda.cubins import Cubins, Program
+
 Argument = Any  # a tensor, a number or a tensor map
 
 
@@ -64,13 +67,14 @@ POINTER, INT, LONG, FLOAT = c_void_p, c_int, c_longlong, c_float
 
 
 def load(source: str, name: str, macros: Mapping[str, int], shared_bytes: int, device: torch.device) -> Kernel:
-    """The kernel `name` of file `source` (beside this one), compiled for `device`."""
+    """The kernel `name` of file `source` (beside this one), compiled for `device` now or at an earlier start."""
     driver = _bindings("driver")
     torch.cuda.init()
     with torch.cuda.device(device):
         torch.empty(1, device=device)  # makes the device's context current
         major, minor = torch.cuda.get_device_capability(device)
-        binary = compile_source(source, macros, f"sm_{major}{minor}a")
+        cubins = Cubins(cache_root() / "kernels", compile_program)
+        binary = cubins.get(read_program(source, macros, f"sm_{major}{minor}a"))
         library = _check(driver.cuModuleLoadData(binary))
         function = _check(driver.cuModuleGetFunction(library, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -102,26 +106,41 @@ def tensor_map(address: int, shape: tuple[int, int], box: tuple[int, int], dtype
 
 
 def compile_source(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
-    """The machine code of file `source` for an architecture (`sm_90a`)."""
-    nvrtc = _bindings("nvrtc")
+    """The machine code of file `source` for an architecture (`sm_90a`), made now."""
+    return compile_program(read_program(source, macros, architecture))
+
+
+def read_program(source: str, macros: Mapping[str, int], architecture: str) -> Program:
+    """File `source` (beside this one) with all headers there, for an architecture."""
     folder = Path(__file__).parent
-    headers = [path.read_bytes() for path in sorted(folder.glob("*.cuh"))]
-    names = [path.name.encode() for path in sorted(folder.glob("*.cuh"))]
-    text = (folder / source).read_bytes()
-    program = _check(nvrtc.nvrtcCreateProgram(text, source.encode(), len(headers), headers, names))
-    options = [
-        f"--gpu-architecture={architecture}",
-        "--std=c++17",
-        *(f"-D{key}={value}" for key, value in macros.items()),
-    ]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    return Program(
+        name=source,
+        text=(folder / source).read_bytes(),
+        headers=tuple((path.name, path.read_bytes()) for path in sorted(folder.glob("*.cuh"))),
+        options=(
+            f"--gpu-architecture={architecture}",
+            "--std=c++17",
+            *(f"-D{key}={value}" for key, value in macros.items()),
+        ),
+        compiler=_check(_bindings("nvrtc").nvrtcVersion()),
+    )
+
+
+def compile_program(program: Program) -> bytes:
+    """Its machine code, by NVRTC."""
+    nvrtc = _bindings("nvrtc")
+    texts = [text for _, text in program.headers]
+    names = [name.encode() for name, _ in program.headers]
+    handle = _check(nvrtc.nvrtcCreateProgram(program.text, program.name.encode(), len(names), texts, names))
+    options = [option.encode() for option in program.options]
+    (result,) = nvrtc.nvrtcCompileProgram(handle, len(options), options)
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
-        _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise AssertionError(f"{source} does not compile: {log.decode()}")
-    binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
-    _check(nvrtc.nvrtcGetCUBIN(program, binary))
-    _check(nvrtc.nvrtcDestroyProgram(program))
+        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(handle))
+        _check(nvrtc.nvrtcGetProgramLog(handle, log))
+        raise AssertionError(f"{program.name} does not compile: {log.decode()}")
+    binary: bytes = b" " * _check(nvrtc.nvrtcGetCUBINSize(handle))
+    _check(nvrtc.nvrtcGetCUBIN(handle, binary))
+    _check(nvrtc.nvrtcDestroyProgram(handle))
     return binary
 
 
