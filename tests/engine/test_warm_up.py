@@ -66,11 +66,11 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     four_bit._loaded.cache_clear()  # what earlier tests of this process have compiled
     skinny._kernel.cache_clear()
     names: list[str] = []
-    compile_source, build = module.compile_source, flashinfer.jit.core.JitSpec.build_and_load
+    read_program, build = module.read_program, flashinfer.jit.core.JitSpec.build_and_load
 
-    def counting_compile(source: str, *rest: Any) -> bytes:
+    def counting_read(source: str, *rest: Any) -> Any:
         names.append(f"{source} {rest}")
-        return compile_source(source, *rest)
+        return read_program(source, *rest)
 
     def counting_build(spec: Any) -> Any:
         names.append(spec.name)
@@ -79,7 +79,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def count_triton(*, repr: str, **rest: Any) -> None:
         names.append(repr)
 
-    monkeypatch.setattr(module, "compile_source", counting_compile)
+    monkeypatch.setattr(module, "read_program", counting_read)
     monkeypatch.setattr(flashinfer.jit.core.JitSpec, "build_and_load", counting_build)
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", count_triton)
     return names
