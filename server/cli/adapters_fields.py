@@ -36,6 +36,7 @@ def adapter_fields(adapter: "Adapter") -> dict[str, Any]:
         "pinned": adapter.pinned,
         "merged": adapter.merged,
         "trained_quantization": adapter.trained_quantization or None,
+        "scores": _scores(adapter),
     }
 
 
@@ -59,6 +60,7 @@ def version_fields(version: "Version") -> dict[str, Any]:
         "pinned": None,
         "merged": None,
         "trained_quantization": manifest.training.held_base if manifest.training else None,
+        "scores": asdict(manifest.training.scores) if manifest.training and manifest.training.scores else {},
     }
 
 
@@ -72,12 +74,20 @@ def version_details(version: "Version") -> dict[str, Any]:
         "base_quantization": training.base_quantization if training else None,
         "hyperparameters": dict(training.hyperparameters) if training else {},
         "metrics": dict(training.metrics) if training else {},
-        "scores": asdict(training.scores) if training and training.scores else {},
         "data_digest": training.data_digest if training else None,
         "tokenizer_digest": training.tokenizer_digest if training else None,
         "template_digest": training.template_digest if training else None,
         "notes": manifest.notes or (training.notes if training else ""),
     }
+
+
+def _scores(adapter: "Adapter") -> dict[str, Any]:
+    """As a version's manifest has them; empty where it has none."""
+    if not adapter.HasField("scores"):
+        return {}
+    told = {field.name: value for field, value in adapter.scores.ListFields()}  # neither zeros nor what is absent
+    fields = adapter.scores.DESCRIPTOR.fields
+    return {field.name: told.get(field.name, None if field.has_presence else field.default_value) for field in fields}
 
 
 def row(fields: dict[str, Any]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Only structure is checked here (a prompt is set, a request id is well formed); r
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from adapters.versions import Version
 from lorikeet.v1 import adapter_pb2, common_pb2, inference_pb2, server_pb2
@@ -126,6 +127,8 @@ def adapter(version: Version, residency: Residency) -> adapter_pb2.Adapter:
         merged=residency.merged,
     )
     message.create_time.FromJsonString(manifest.created_at)
+    if manifest.training is not None and manifest.training.scores is not None:
+        message.scores.CopyFrom(adapter_pb2.Adapter.Scores(**asdict(manifest.training.scores)))
     return message
 
 

@@ -1,16 +1,20 @@
 """AdapterService through a real socket: memory, progress, labels."""
 
 import asyncio
+from dataclasses import asdict, replace
 from typing import Any
 
 import grpc
 import pytest
 
 from adapters.errors import AdapterInUse, LabelMoved, StoreUnavailable
+from adapters.manifest import Scores, TrainingInfo
 from lorikeet.v1 import adapter_pb2, server_pb2
+from server.cli.adapters_fields import adapter_fields, version_fields
 from server.engine.messages import CallProgress, LayerError, MergeReport
-from server.frontend.types import MergeOptions
-from tests.rpc.fakes import DIGEST, FakeBackend, FakeCatalog, serving
+from server.frontend.types import MergeOptions, Residency
+from server.rpc import convert
+from tests.rpc.fakes import DIGEST, FakeBackend, FakeCatalog, a_version, serving
 from tests.rpc.test_services import failure
 
 OTHER = "sha256:" + "c" * 64
@@ -37,6 +41,20 @@ def test_an_adapter_says_which_tiers_hold_it_and_whether_it_is_pinned() -> None:
             assert not unpinned.pinned
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("exact_match", [None, 0.0, 0.875])
+def test_a_server_tells_the_scores_that_the_store_has(exact_match: float | None) -> None:
+    scores = Scores(
+        rows_digest=OTHER, held_out=False, num_rows=64, num_tokens=900, loss=0.5, trainer_loss=0.5004, base_loss=3.0,
+        exact_match=exact_match,
+    )  # fmt: skip
+    version = a_version("pirate")
+    training = TrainingInfo(method="lora", scores=scores)
+    scored = replace(version, manifest=replace(version.manifest, training=training))
+    told = adapter_fields(convert.adapter(scored, Residency()))["scores"]
+    assert told == asdict(scores) == version_fields(scored)["scores"]
+    assert adapter_fields(convert.adapter(version, Residency()))["scores"] == {} == version_fields(version)["scores"]
 
 
 @pytest.mark.parametrize(

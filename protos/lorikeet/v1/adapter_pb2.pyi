@@ -80,6 +80,65 @@ class Adapter(_message.Message):
     """In the device's memory: served without a wait."""
 
     @_typing.final
+    class Scores(_message.Message):
+        """Scores on a file of rows through the server's own forward pass. Losses are nats a learned token."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROWS_DIGEST_FIELD_NUMBER: _builtins.int
+        HELD_OUT_FIELD_NUMBER: _builtins.int
+        NUM_ROWS_FIELD_NUMBER: _builtins.int
+        NUM_TOKENS_FIELD_NUMBER: _builtins.int
+        LOSS_FIELD_NUMBER: _builtins.int
+        TRAINER_LOSS_FIELD_NUMBER: _builtins.int
+        BASE_LOSS_FIELD_NUMBER: _builtins.int
+        QUANTIZED_LOSS_FIELD_NUMBER: _builtins.int
+        EXACT_MATCH_FIELD_NUMBER: _builtins.int
+        rows_digest: _builtins.str
+        """Of the file of rows, `sha256:<64 hex digits>`."""
+        held_out: _builtins.bool
+        """Whether that is another file than was trained on."""
+        num_rows: _builtins.int
+        """How many of its rows, from the first on, were scored."""
+        num_tokens: _builtins.int
+        """The learned tokens in them."""
+        loss: _builtins.float
+        """As served."""
+        trainer_loss: _builtins.float
+        """By the trainer's forward pass on the same base."""
+        base_loss: _builtins.float
+        """Without the adapter."""
+        quantized_loss: _builtins.float
+        """On the base as it was held in training, where that is another."""
+        exact_match: _builtins.float
+        """The share of answers that were the expected text; absent where none were made."""
+        def __init__(
+            self,
+            *,
+            rows_digest: _builtins.str = ...,
+            held_out: _builtins.bool = ...,
+            num_rows: _builtins.int = ...,
+            num_tokens: _builtins.int = ...,
+            loss: _builtins.float = ...,
+            trainer_loss: _builtins.float = ...,
+            base_loss: _builtins.float = ...,
+            quantized_loss: _builtins.float | None = ...,
+            exact_match: _builtins.float | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_exact_match", b"_exact_match", "_quantized_loss", b"_quantized_loss", "exact_match", b"exact_match", "quantized_loss", b"quantized_loss"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_exact_match", b"_exact_match", "_quantized_loss", b"_quantized_loss", "base_loss", b"base_loss", "exact_match", b"exact_match", "held_out", b"held_out", "loss", b"loss", "num_rows", b"num_rows", "num_tokens", b"num_tokens", "quantized_loss", b"quantized_loss", "rows_digest", b"rows_digest", "trainer_loss", b"trainer_loss"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__exact_match: _TypeAlias = _typing.Literal["exact_match"]  # noqa: Y015
+        _WhichOneofArgType__exact_match: _TypeAlias = _typing.Literal["_exact_match", b"_exact_match"]  # noqa: Y015
+        _WhichOneofReturnType__quantized_loss: _TypeAlias = _typing.Literal["quantized_loss"]  # noqa: Y015
+        _WhichOneofArgType__quantized_loss: _TypeAlias = _typing.Literal["_quantized_loss", b"_quantized_loss"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__exact_match) -> _WhichOneofReturnType__exact_match | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__quantized_loss) -> _WhichOneofReturnType__quantized_loss | None: ...
+
+    @_typing.final
     class Tier(_message.Message):
         """A memory that holds an adapter."""
 
@@ -124,6 +183,7 @@ class Adapter(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     TRAINED_QUANTIZATION_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name it is published under."""
     digest: _builtins.str
@@ -166,6 +226,10 @@ class Adapter(_message.Message):
     def tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter.Tier]:
         """Each memory that holds it now, the fastest first; empty when it is only in the store."""
 
+    @_builtins.property
+    def scores(self) -> Global___Adapter.Scores:
+        """What it scored before it was published; absent if it was not scored."""
+
     def __init__(
         self,
         *,
@@ -186,10 +250,11 @@ class Adapter(_message.Message):
         pinned: _builtins.bool = ...,
         merged: _builtins.bool = ...,
         trained_quantization: _builtins.str = ...,
+        scores: Global___Adapter.Scores | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "merged", b"merged", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tiers", b"tiers", "trained_quantization", b"trained_quantization"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "base_digest", b"base_digest", "create_time", b"create_time", "digest", b"digest", "dtype", b"dtype", "labels", b"labels", "merged", b"merged", "method", b"method", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "rank", b"rank", "residency", b"residency", "scores", b"scores", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "tiers", b"tiers", "trained_quantization", b"trained_quantization"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
