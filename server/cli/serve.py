@@ -21,6 +21,8 @@ from server.cli.options import (
 )
 from server.cli.output import print_json, print_note
 
+STDERR = 2
+
 
 class Dtype(StrEnum):
     """What --dtype takes."""
@@ -163,7 +165,8 @@ def serve(
     from server.config import EngineConfig, ServeConfig
     from server.rpc.server import serve as serve_rpc
 
-    logs.set_up(log_format.value, log_level.value)
+    log = logs.BackgroundHandler(STDERR)
+    logs.set_up(log_format.value, log_level.value, log)
     adapter_store = open_store(store)
     model = resolve_base(base, print_note)
     config = ServeConfig(
@@ -214,4 +217,4 @@ def serve(
         notify_ready()
 
     registry = AdapterRegistry(adapter_store, model.digest)
-    asyncio.run(serve_rpc(config, model, registry, on_started=announce))
+    asyncio.run(serve_rpc(config, model, registry, on_started=announce, dropped_log_lines=lambda: log.num_dropped))

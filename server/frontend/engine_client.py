@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -29,12 +29,14 @@ REFUSALS: Mapping[int, type[LorikeetError]] = MappingProxyType({2: ConfigError, 
 _MAX_DIRECTORY = 90
 _TERMINATE_SECONDS = 2.0
 
+_engine_log = logging.getLogger("engine")
+
 
 class EngineClient:
     """Spawns `command` with `--socket ADDRESS`, the config as a line of JSON on its stdin.
 
     `receive` is called, on the event loop, with every message but Ready. What the engine writes is passed on to
-    stderr, in the config's format; the `error: …` line of its start is kept for the error that is raised instead.
+    the log; the `error: …` line of its start is kept for the error that is raised instead.
     """
 
     def __init__(self, command: Sequence[str], config: EngineConfig, receive: Callable[[ToFrontend], None]) -> None:
@@ -173,11 +175,7 @@ class EngineClient:
         if text.startswith("error: ") and not self._ready.done():
             self._error_line = text.removeprefix("error: ").strip()
             return
-        if self._config.log_format == logs.JSON:
-            text = logs.as_json_line(text, "engine", time.time())
-        with contextlib.suppress(OSError, ValueError):  # our own stderr may be gone
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        logs.pass_on(text, _engine_log)
 
     def _death(self, status: int) -> LorikeetError:
         reason = self._error_line

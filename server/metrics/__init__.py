@@ -4,7 +4,8 @@ Prometheus conventions: prefix `lorikeet_`, seconds and bytes, `_total` for coun
 request, never once a token. Must import neither torch, grpc nor protobuf.
 """
 
+from server.metrics.log_lines import DroppedLogLines
 from server.metrics.metrics import Metrics
 from server.metrics.page import MetricsPage
 
-__all__ = ["Metrics", "MetricsPage"]
+__all__ = ["DroppedLogLines", "Metrics", "MetricsPage"]

@@ -155,13 +155,10 @@ def make_frontend(
     backoff: Backoff | None = None,
     registry: Registry | None = None,
     max_waiting: int = 256,
-    log_format: str = "human",
     **settings: Any,
 ) -> tuple[Frontend, Recorder]:
     recorder = Recorder()
-    engine = EngineConfig(
-        base_path=str(directory), base_digest="sha256:base", max_waiting=max_waiting, log_format=log_format
-    )
+    engine = EngineConfig(base_path=str(directory), base_digest="sha256:base", max_waiting=max_waiting)
     config = ServeConfig(engine=engine, base_name="tiny", store="/store", **settings)
     frontend = Frontend(
         config,

@@ -1,7 +1,7 @@
 """The life and death of the engine process, as the front end hears of it."""
 
 import asyncio
-import json
+import logging
 import os
 import stat
 import tempfile
@@ -13,6 +13,7 @@ import pytest
 from adapters.errors import LorikeetError
 from server.errors import BaseModelError, ConfigError, EngineUnavailable
 from server.frontend.supervisor import Backoff
+from server.logs import PassedOn
 from tests.frontend.fake_engine import CRASH, ECHO, HOLD, NO_MESSAGE
 from tests.frontend.harness import Recorder, collect, ids, make_frontend, request, run, started, text
 
@@ -65,7 +66,7 @@ def test_the_error_says_how_the_engine_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "kind"), [("2", ConfigError), ("3", BaseModelError)])
 def test_an_engine_that_refuses_its_base_or_a_setting_is_not_started_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: str, kind: type[LorikeetError]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, status: str, kind: type[LorikeetError]
 ) -> None:
     async def test() -> None:
         frontend, recorder = make_frontend(tmp_path, "--exit", status, "--say", "loading\nerror: this is refused")
@@ -76,22 +77,25 @@ def test_an_engine_that_refuses_its_base_or_a_setting_is_not_started_again(
         assert recorder.calls == []
 
     run(test())
-    assert "loading" in capsys.readouterr().err
+    assert "loading" in caplog.messages
 
 
-def test_what_an_engine_writes_past_its_log_becomes_json_where_that_is_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_an_engine_writes_is_logged_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the level here: the engine has looked at its own lines."""
+
     async def test() -> None:
-        frontend, _ = make_frontend(tmp_path, "--exit", "7", "--say", "a crash:\n  in C", log_format="json")
+        frontend, _ = make_frontend(tmp_path, "--exit", "7", "--say", "a crash:\n  in C")
         with pytest.raises(EngineUnavailable):
             await frontend.start()
         await frontend.stop(0.0)
 
+    monkeypatch.setattr(logging.getLogger("engine"), "level", logging.CRITICAL)
     run(test())
-    entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert [entry["message"] for entry in entries] == ["a crash:", "  in C"]
-    assert {(entry["logger"], entry["level"]) for entry in entries} == {("engine", "warning")}
+    passed_on = [record for record in caplog.records if record.name == "engine"]
+    assert all(isinstance(record.msg, PassedOn) for record in passed_on)
+    assert [record.getMessage() for record in passed_on] == ["a crash:", "  in C"]
 
 
 def test_an_engine_that_dies_in_its_start_is_an_error(tmp_path: Path) -> None:
@@ -104,21 +108,21 @@ def test_an_engine_that_dies_in_its_start_is_an_error(tmp_path: Path) -> None:
     run(test())
 
 
-def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The engine is deaf to SIGTERM, and says so."""
 
     async def test() -> None:
         frontend, _ = make_frontend(tmp_path, "--deaf")
         starting = asyncio.create_task(frontend.start())
-        said = ""
-        while not said.endswith("\n"):
+        said: list[str] = []
+        while not said:
             await asyncio.sleep(0)
-            said += capsys.readouterr().err
+            said = [message for message in caplog.messages if message.startswith("pid ")]
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
         await frontend.stop(0.0)
-        assert not psutil.pid_exists(int(said.removeprefix("pid ")))
+        assert not psutil.pid_exists(int(said[0].removeprefix("pid ")))
 
     run(test())
 

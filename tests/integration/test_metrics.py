@@ -36,6 +36,7 @@ NAMES = {
     "memory_bytes": "gauge",
     "build_info": "gauge",
     "draining": "gauge",
+    "log_lines_dropped": "counter",
 }
 
 

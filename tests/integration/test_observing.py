@@ -1,14 +1,18 @@
 """The log and the traces of a real server with a real engine: one line and one span for each call, and no text."""
 
+import fcntl
 import json
+import os
+import select
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from lorikeet.v1 import inference_pb2
+from lorikeet.v1 import inference_pb2, server_pb2
 from tests.integration.conftest import StartServer, World
 from tests.support.client import Client, generation, read
 from tests.support.collector import Collector, attributes, collecting
@@ -158,3 +162,27 @@ def test_both_processes_log_json_and_neither_logs_text(watched: ServerProcess, c
     assert len({entry["request_id"] for entry in entries(watched) if entry.get("event") == "request"}) == sum(
         entry.get("event") == "request" for entry in entries(watched)
     )
+
+
+def test_whoever_reads_the_log_may_stop(world: World, tmp_path: Path) -> None:
+    """stderr is a pipe that nobody reads, and is full after some twenty calls."""
+    log = tmp_path / "server.log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    server = ServerProcess.start(tmp_path, world.base.path, world.store.root, "--log-format", "json")
+    client = Client(server.port)
+    ids = [f"call-{i}" for i in range(100)]
+    for request_id in ids:
+        metadata = (("x-request-id", request_id),)
+        client.server.GetServerInfo(server_pb2.GetServerInfoRequest(), metadata=metadata, timeout=60)
+    assert server.metrics()["lorikeet_log_lines_dropped_total"] == 0, "they wait"
+    text = b""
+    while ids[-1].encode() not in text:
+        select.select([reader], [], [])
+        text += os.read(reader, 65536)
+    client.close()
+    logged = [json.loads(line).get("request_id") for line in text.splitlines()]
+    assert [request_id for request_id in logged if request_id] == ids
+    assert server.stop() == 0
+    os.close(reader)
