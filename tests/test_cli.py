@@ -548,7 +548,15 @@ def test_serve_reads_its_options(
 ) -> None:
     seen = []
 
-    async def serve(config: Any, model: Any, registry: Any, *, on_started: Callable[[int, int], None]) -> None:
+    async def serve(
+        config: Any,
+        model: Any,
+        registry: Any,
+        *,
+        on_started: Callable[[int, int], None],
+        dropped_log_lines: Callable[[], int],
+    ) -> None:
+        assert dropped_log_lines() == 0
         seen.append((config, model))
         on_started(1234, 5678)
 
