@@ -2,6 +2,7 @@
 
     LorikeetError
     ├── InvalidRequest      INVALID_ARGUMENT     a field of a request is out of range; `field` names it
+    ├── UnknownMethod       UNIMPLEMENTED        no service here has such a method
     ├── ServerBusy          RESOURCE_EXHAUSTED   the waiting queue is full; carries retry_after
     ├── ShuttingDown        UNAVAILABLE          the server is stopping and takes no new requests
     ├── StreamStalled       ABORTED              the client did not read its stream for too long
@@ -33,6 +34,13 @@ class InvalidRequest(LorikeetError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}", field=field)
         self.field = field
+
+
+class UnknownMethod(LorikeetError):
+    """No service here has such a method."""
+
+    code = "UNIMPLEMENTED"
+    reason = "METHOD_UNKNOWN"
 
 
 class ServerBusy(LorikeetError):

@@ -14,8 +14,9 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, UnknownMethod
 from server.rpc.call import Call, Calls, Context
+from server.rpc.record import UNKNOWN_METHOD
 
 # Takes the request and its call. A unary method returns the response; a streaming one sends with `call.write`.
 Method = Callable[[Any, Call], Awaitable[Message | None]]
@@ -37,6 +38,23 @@ def service_handler(
         for name, method in methods.items()
     }
     return grpc.method_handlers_generic_handler(service.full_name, handlers)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):
+    """Refuses every call, as one of a method that there is not, and so that it is counted and logged: to be added after
+    all services."""
+
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
+        method = handler_call_details.method
+
+        async def refuse(requests: Any, context: Context) -> None:
+            async with Call(self._calls, "", UNKNOWN_METHOD, context):
+                raise UnknownMethod(f"{method}: there is no such method; is the client newer than the server?")
+
+        return grpc.stream_stream_rpc_method_handler(refuse)  # as which calls of every kind can be taken
 
 
 def _method_handler(

@@ -19,7 +19,7 @@ from server.metrics import Metrics, MetricsPage
 from server.rpc import health, service_adapters, service_inference, service_server
 from server.rpc.backend import Backend, Catalog
 from server.rpc.call import Calls
-from server.rpc.handlers import service_handler
+from server.rpc.handlers import UnknownMethods, service_handler
 from server.rpc.listener import listen
 from server.rpc.record import Observer
 
@@ -60,8 +60,8 @@ async def run(
     page = MetricsPage(metrics, config.metrics_host, config.metrics_port, published)
     try:
         server, port = listen(config.host, config.port, config.max_message_bytes)
-        _add_services(server, config, base, backend, catalog, calls)
         checks.add_to(server)
+        _add_services(server, config, base, backend, catalog, calls)
         backend.on_ready_change(checks.set_ready)
         await server.start()
         following = asyncio.create_task(checks.follow())
@@ -103,6 +103,7 @@ def _add_services(
     if config.reflection:
         names = [service.full_name for service in SERVICES]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    server.add_generic_rpc_handlers((UnknownMethods(calls),))
 
 
 async def _drain(backend: Backend, calls: Calls, grace: float, hurry: asyncio.Event) -> None:

@@ -12,6 +12,9 @@ from server.frontend.types import Delta, GenerateRequest, Usage
 
 REQUEST_ID_METADATA = "x-request-id"
 
+# What stands for every method that there is not: the client's word may be anything. OpenTelemetry's name for it.
+UNKNOWN_METHOD = "_OTHER"
+
 # Printable ASCII without spaces: it goes into log lines and into the metadata of responses.
 _SANE_ID = re.compile(r"[!-~]{1,128}", re.ASCII)
 
@@ -43,9 +46,9 @@ class Generation:
 
 @dataclass(slots=True)
 class CallRecord:
-    """One call. `metadata` is the client's, without binary values and the last of each key. `adapter_id` is what was
-    asked for, cut where it is too long to be one; `adapter` its name once it is known to exist ("" the base, None not
-    known), `digest` what it stood for.
+    """One call. `service` is "" and `method` UNKNOWN_METHOD where there is no such method. `metadata` is the client's,
+    without binary values and the last of each key. `adapter_id` is what was asked for, cut where it is too long to be
+    one; `adapter` its name once it is known to exist ("" the base, None not known), `digest` what it stood for.
 
     `code` (a gRPC code's name), `seconds` and `error` are set at the end; `trace_id` where the call is traced."""
 
@@ -61,6 +64,11 @@ class CallRecord:
     seconds: float = 0.0
     error: LorikeetError | None = None
     trace_id: str = ""
+
+    @property
+    def full_method(self) -> str:
+        """With its service."""
+        return f"{self.service}/{self.method}" if self.service else self.method
 
 
 class Observer(Protocol):

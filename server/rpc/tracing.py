@@ -49,7 +49,7 @@ class Tracing:
         if record.generation is not None:
             attributes |= _of_generation(record, record.generation, self._base_name)
         span = self._tracer.start_span(
-            f"{record.service}/{record.method}",
+            record.full_method,
             propagate.extract(record.metadata),
             SpanKind.SERVER,
             {name: value for name, value in attributes.items() if value is not None},
@@ -91,7 +91,7 @@ class Tracing:
 def _of_call(record: CallRecord) -> Attributes:
     attributes: Attributes = {
         "rpc.system.name": "grpc",
-        "rpc.method": f"{record.service}/{record.method}",
+        "rpc.method": record.full_method,
         "rpc.response.status_code": record.code,
         "error.type": record.code if record.code in FAILURES else None,
         "lorikeet.request.id": record.request_id,

@@ -163,6 +163,36 @@ def test_what_never_reaches_the_engine_leaves_one_line_too() -> None:
     assert len({line["request_id"] for line in lines}) == 5
 
 
+def test_a_method_that_there_is_not_leaves_a_line_and_no_label_of_its_own() -> None:
+    methods = ["/lorikeet.v1.InferenceService/Generat", "/other.Service/Generate", "/" + "x" * 400 + "/y", "/lorikeet"]
+    codes = []
+    counted = []
+
+    async def ask(running: Running) -> None:
+        for method in methods:
+            for call in (
+                running.channel.unary_unary(method)(b"\xff"),
+                running.channel.unary_stream(method)(b""),
+                running.channel.stream_unary(method)(iter([b"a", b"b"])),
+                running.channel.stream_stream(method)(iter([])),
+            ):
+                await read(call)
+                codes.append(await call.code())
+        for metric in running.metrics.registry.collect():
+            counted.extend(sample for sample in metric.samples if sample.name == "lorikeet_requests_total")
+
+    lines = lines_of(FakeBackend(answer), ask)
+    assert codes == [grpc.StatusCode.UNIMPLEMENTED] * 16
+    assert {(line["method"], line["code"], line["reason"]) for line in lines} == {
+        ("_OTHER", "UNIMPLEMENTED", "METHOD_UNKNOWN")
+    }
+    assert [len(line["error"]) <= 300 for line in lines] == [True] * 16
+    assert all(line["error"].startswith(methods[i // 4][:300]) for i, line in enumerate(lines))
+    assert [(sample.labels, sample.value) for sample in counted] == [
+        ({"method": "_OTHER", "code": "UNIMPLEMENTED", "adapter": ""}, 16)
+    ]
+
+
 def test_what_a_client_may_write_at_length_is_cut() -> None:
     error = InvalidAdapterId("x" * 100_000)
     request = Whole(text=PROMPT, adapter_id="y" * 100_000)
