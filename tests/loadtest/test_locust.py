@@ -2,8 +2,11 @@
 
 import csv
 import json
+import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 
 from loadtest.play import echoing
 from tests.support.server_process import REPOSITORY
+from tests.support.waiting import eventually
 
 SCENARIO = """
 seconds = 3
@@ -108,3 +112,35 @@ def test_too_few_adapters_are_named(tmp_path: Path, echo: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=REPOSITORY, check=False)
     assert done.returncode == 2
     assert "the scenario wants 5000 adapters, the server has 1000" in done.stderr
+
+
+def test_locust_s_web_page_starts_a_run_and_shows_it(tmp_path: Path, echo: str) -> None:
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(SCENARIO + "[adapters]\ncount = 2\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "locust", "-f", str(REPOSITORY / "loadtest/locustfile.py"), "--host", echo]
+    command += ["--scenario", str(scenario), "--web-host", "127.0.0.1", "--web-port", str(port)]
+
+    def shown() -> dict[tuple[str, str], dict[str, Any]]:
+        """Its table; empty while there is no page."""
+        try:
+            with urllib.request.urlopen(f"{page}/stats/requests", timeout=10) as answer:
+                rows = json.load(answer)["stats"]
+        except (urllib.error.URLError, ConnectionError):
+            return {}
+        return {(row["method"], row["name"]): row for row in rows}
+
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY) as locust:
+        try:
+            eventually(shown, "the page is there")
+            form = b"user_count=2&spawn_rate=2"
+            with urllib.request.urlopen(f"{page}/swarm", data=form, timeout=30) as answer:
+                assert json.load(answer)["success"]
+            expected = {(kind, f"a000{i}") for kind in ("TTFT ms", "TPOT ms", "end to end ms") for i in range(2)}
+            eventually(lambda: expected <= shown().keys(), "both adapters are in the table")
+            assert shown()["TTFT ms", "a0000"]["num_requests"] > 0
+        finally:
+            locust.terminate()
