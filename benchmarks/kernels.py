@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import astuple
 from functools import partial
 
 import torch
@@ -59,7 +60,7 @@ def _case_lines(
         cost = load.cost
         for kernel, launch, num_bytes in (
             ("shrink", load.shrink, cost.shrink),
-            ("expand", load.expand, cost.expand),
+            ("expand, silu_mul" if load.does_silu_mul else "expand", load.expand, cost.expand),
             ("both", load.both, sum(cost)),
         ):
             seconds = time_launches(partial(launch, plan=plan), load.layers)
@@ -99,12 +100,9 @@ def _as_code(plan: AnyPlan) -> str:
     if isinstance(plan, DecodePlan):
         sizes = (plan.block_k, plan.shrink_warps, plan.block_n, plan.expand_warps, plan.dot_n)
         return f"DecodePlan({', '.join(map(str, sizes))}, early={plan.early})"
-    shrink, expand = plan.shrink, plan.expand
-    parts = (
-        (shrink.block_k, shrink.block_r, shrink.programs, shrink.splits, shrink.num_warps, shrink.num_stages),
-        (expand.block_n, expand.block_r, expand.num_warps, expand.num_stages),
+    return (
+        f"LoraPlan(ShrinkPlan{astuple(plan.shrink)}, ExpandPlan{astuple(plan.expand)}, ExpandPlan{astuple(plan.gate)})"
     )
-    return f"LoraPlan(ShrinkPlan{parts[0]}, ExpandPlan{parts[1]})"
 
 
 def _arguments() -> argparse.Namespace:

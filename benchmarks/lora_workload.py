@@ -10,7 +10,8 @@ from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, Ranges, count_blocks
 from server.kernels.triton.lora import lora_expand, lora_shrink
-from server.kernels.triton.plans import AnyPlan
+from server.kernels.triton.lora_prefill import prefill_silu_mul
+from server.kernels.triton.plans import AnyPlan, LoraPlan
 
 MAX_RANK = 64
 COLD_BYTES = 320 << 20  # of weights gone over in turn: several times the L2 cache of any GPU
@@ -23,6 +24,11 @@ class Product(NamedTuple):
     name: str
     in_features: int
     widths: tuple[int, ...]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether SiLU × up follows, which a prefill's expand does, too."""
+        return self.name == "gate_up"
 
 
 LLAMA_8B = (
@@ -64,7 +70,8 @@ class Case:
 
 
 class Cost(NamedTuple):
-    """Bytes that must move: each weight of an adapter present, x and y elements once a read and once a write."""
+    """Bytes that must move: each weight of an adapter present, x and y elements once a read and once a write, or what
+    SiLU × up makes of y once a write."""
 
     shrink: int
     expand: int
@@ -94,14 +101,22 @@ class Workload:
     def cost(self) -> Cost:
         a, b, x, y = self.a[0], [weight[0] for weight in self.b], self.x, self.y
         weights = sum(weight.numel() for weight in b)
-        return Cost((a.numel() + x.numel()) * x.element_size(), (weights + 2 * y.numel()) * y.element_size())
+        written = y.numel() // 2 if self.does_silu_mul else y.numel()
+        return Cost((a.numel() + x.numel()) * x.element_size(), (weights + y.numel() + written) * y.element_size())
+
+    @property
+    def does_silu_mul(self) -> bool:
+        return self.product.is_gated and self.case.length > 1
 
     def shrink(self, layer: int, plan: AnyPlan) -> None:
         lora_shrink(self.x, self.a[layer], self.blocks, self._room(plan), plan)
 
     def expand(self, layer: int, plan: AnyPlan) -> None:
         b = [weight[layer] for weight in self.b]
-        lora_expand(self.y, b, self.blocks, self.product.in_features, self._room(plan), plan)
+        if isinstance(plan, LoraPlan) and self.does_silu_mul:
+            prefill_silu_mul(self.y, b, self.blocks, self._room(plan), plan)
+        else:
+            lora_expand(self.y, b, self.blocks, self.product.in_features, self._room(plan), plan)
 
     def both(self, layer: int, plan: AnyPlan) -> None:
         self.shrink(layer, plan)
@@ -141,6 +156,8 @@ def compile_plan(product: Product, block_tokens: int, dtype: torch.dtype, plan: 
     scratch = torch.zeros(plan.parts(product.in_features) * 16 * len(b) * MAX_RANK, device=device)
     lora_shrink(x, a, blocks, scratch, plan)
     lora_expand(y, b, blocks, product.in_features, scratch, plan)
+    if isinstance(plan, LoraPlan) and product.is_gated:
+        prefill_silu_mul(y, b, blocks, scratch, plan)
 
 
 def time_launches(launch: Callable[[int], None], layers: int, seconds: float = 0.03) -> float:

@@ -21,7 +21,7 @@ _DECODE_EXPANDS = ((512, 2, 128), (512, 4, 256), (1024, 4, 128), (1024, 4, 256))
 # Prefill: (features a step, warps, stages) and (columns, warps).
 _PREFILL_SHRINKS = ((64, 4, 3), (64, 4, 5), (64, 8, 3), (128, 4, 2), (128, 8, 3))
 _PREFILL_SPLITS = (1, 2)
-_PREFILL_EXPANDS = ((64, 4), (128, 4), (128, 8), (256, 8))
+_PREFILL_EXPANDS = ((64, 4), (64, 8), (128, 4), (128, 8))
 
 _DECODES = ((1, (1,)), (16, (1, 16)), (64, (1, 8, 64)))  # batch, and over how many adapters
 _PREFILL = Case(64, 64, 512, (16,))
@@ -85,7 +85,7 @@ def _shrinks(product: Product, block_tokens: int) -> list[AnyPlan]:
     block_r = 16 << (len(product.widths) - 1).bit_length()
     (block_n, expand_warps), *_ = _PREFILL_EXPANDS
     return [
-        LoraPlan(ShrinkPlan(block_k, block_r, 1, splits, warps, stages), ExpandPlan(block_n, 16, expand_warps, 1))
+        LoraPlan(ShrinkPlan(block_k, block_r, 1, splits, warps, stages), *[ExpandPlan(block_n, expand_warps, 3)] * 2)
         for (block_k, warps, stages), splits in pairs(_PREFILL_SHRINKS, _PREFILL_SPLITS)
     ]
 
@@ -94,7 +94,8 @@ def _expands(plan: AnyPlan) -> list[AnyPlan]:
     """`plan` with every expand."""
     if isinstance(plan, DecodePlan):
         return [replace(plan, block_n=n, expand_warps=warps, dot_n=dot_n) for n, warps, dot_n in _DECODE_EXPANDS]
-    return [replace(plan, expand=ExpandPlan(n, 16, warps, 1)) for n, warps in _PREFILL_EXPANDS]
+    expands = [ExpandPlan(n, warps, 3) for n, warps in _PREFILL_EXPANDS]
+    return [replace(plan, expand=expand, gate=expand) for expand in expands]  # a product needs one of them
 
 
 def _finals(shrink: AnyPlan, expand: AnyPlan) -> list[AnyPlan]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from adapters.patterns import Pattern, PatternCompiler, suffix_pattern
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
 from server.errors import CanaryFailed
+from server.kernels import silu_mul
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
 from server.lora.pace import Pace
 from server.lora.pool import AdapterPool, Ranges
@@ -198,6 +199,11 @@ class _Both:
         y[:n] += served[:n]
         y[n:] += exact[n:].to(y.dtype)
         self._pace.breathe()
+
+    def silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        """See `LowRankTerm`."""
+        self.add(y, x, "gate_up", layer)
+        return silu_mul(y)
 
     def faults(self, tolerance: float) -> list[str]:
         """The projections that are off by more than `tolerance`, each with how much."""

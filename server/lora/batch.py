@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from server.kernels import RowRun, lora_decode, lora_segment
+from server.kernels import RowRun, lora_decode, lora_segment, silu_mul
 from server.lora.pool import PAGE_ROWS, AdapterPool, Ranges
 
 # A run of tokens × rank rows up to this size is cheaper as one masked product than adapter by adapter.
@@ -37,6 +37,11 @@ class LowRankTerm(Protocol):
         """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
         ...
 
+    def silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        """silu(gate) · up [n, i] of y [n, 2 · i], one layer's gate and up products of x [n, in], with their low-rank
+        terms; y is used up."""
+        ...
+
 
 class _Segment(NamedTuple):
     start: int
@@ -61,6 +66,11 @@ class LoraBatch:
             lora_decode(y[: self.mixed], x[: self.mixed], a, b, self.runs, widths)
         for start, stop, rows in self.segments:
             lora_segment(y[start:stop], x[start:stop], a, b, rows, widths)
+
+    def silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        """See `LowRankTerm`."""
+        self.add(y, x, "gate_up", layer)
+        return silu_mul(y)
 
 
 def build_lora_batch(

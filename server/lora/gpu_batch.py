@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, count_blocks
-from server.kernels.triton.lora import lora_add
-from server.kernels.triton.plans import DECODE_BLOCK, lora_plans, lora_scratch_size
+from server.kernels.triton.lora import lora_add, lora_silu_mul
+from server.kernels.triton.plans import DECODE_BLOCK, EXPAND_ROWS, lora_plans, lora_scratch_size
 from server.lora.batch import TokenSpan
 from server.lora.pool import AdapterPool
 
@@ -30,6 +30,12 @@ class GpuLoraBatch:
         b = [weight[layer] for weight in pool.b]
         lora_add(y, x, pool.a[layer], b, self.blocks, pool.group.widths, self.scratch)
 
+    def silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
+        """silu(gate) · up [n, i] of y [n, 2·i], those products, with their low-rank terms; y is used up."""
+        pool = self.pool.groups["gate_up"]
+        b = [weight[layer] for weight in pool.b]
+        return lora_silu_mul(y, x, pool.a[layer], b, self.blocks, self.scratch)
+
 
 def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLoraBatch | None:
     """The term of a step outside the graphs; None when no token has an adapter."""
@@ -40,33 +46,38 @@ def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLo
     lengths = [span.length for span in spans]
     ranks = [sum(stop - start for start, stop in ranges) for ranges in distinct]
     block_tokens = DECODE_BLOCK if max(lengths) == 1 else PREFILL_BLOCK
+    base_tokens = sum(span.length for span in spans if span.rows is None)
     shape = LoraBlocksShape(
         tokens=sum(lengths),
         rows=sum(ranks),
         blocks=count_blocks(lengths, rows, block_tokens),
         block_tokens=block_tokens,
         max_rank=-(-max(ranks) // 16) * 16,
+        base_blocks=-(-base_tokens // block_tokens),
     )
-    packed = torch.empty(shape.size, dtype=torch.int32, pin_memory=True)
-    shape.fill(packed.numpy(), lengths, rows)
     device = _device(pool)
+    packed = torch.empty(shape.size, dtype=torch.int32, pin_memory=device.type == "cuda")
+    shape.fill(packed.numpy(), lengths, rows)
     return GpuLoraBatch(pool, shape.view(packed.to(device, non_blocking=True)), _scratch(pool, shape))
 
 
 def warm_up(pool: AdapterPool) -> None:
     """Launch once, on no tokens, every low-rank kernel that a step can need: none is compiled while requests wait."""
     device = _device(pool)
-    for entry in pool.groups.values():
+    for name, entry in pool.groups.items():
         in_features, widths = entry.group.in_features, entry.group.widths
         x = torch.zeros(1, in_features, dtype=pool.dtype, device=device)
         y = torch.zeros(1, sum(widths), dtype=pool.dtype, device=device)
         for block_tokens in (DECODE_BLOCK, PREFILL_BLOCK):
-            shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=block_tokens, max_rank=16)
-            blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32, device=device))
             for plan in lora_plans(in_features, widths, block_tokens, device):
-                scratch = torch.empty(plan.parts(in_features) * len(widths) * 16, dtype=torch.float32, device=device)
-                b = [weight[0] for weight in entry.b]
-                lora_add(y, x, entry.a[0], b, blocks, widths, scratch, plan)
+                for max_rank in (*EXPAND_ROWS, EXPAND_ROWS[-1] + 16):
+                    shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=block_tokens, max_rank=max_rank)
+                    blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32, device=device))
+                    scratch = torch.empty(plan.parts(in_features) * len(widths) * max_rank, device=device)
+                    b = [weight[0] for weight in entry.b]
+                    lora_add(y, x, entry.a[0], b, blocks, widths, scratch, plan)
+                    if name == "gate_up":
+                        lora_silu_mul(y, x, entry.a[0], b, blocks, scratch, plan)
 
 
 class GpuLoraTables:

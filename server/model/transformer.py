@@ -14,7 +14,6 @@ from server.kernels import (
     rms_norm,
     rope_and_store,
     rope_table,
-    silu_mul,
 )
 from server.lora.batch import LowRankTerm
 from server.model.batch import ForwardBatch
@@ -106,9 +105,7 @@ def _linear(weight: Linear, x: Tensor, lora: LowRankTerm | None, group: str, lay
 
 def _gate(gate_up: Linear, x: Tensor, lora: LowRankTerm | None, layer: int) -> Tensor:
     """silu(gate) · up [n, i]; adapters add to gate and up, so they need those by themselves."""
-    if lora is None:
-        return linear_silu_mul(gate_up, x)
-    return silu_mul(_linear(gate_up, x, lora, "gate_up", layer))
+    return linear_silu_mul(gate_up, x) if lora is None else lora.silu_mul(gate_up(x), x, layer)
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

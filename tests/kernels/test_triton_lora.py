@@ -1,5 +1,7 @@
 """The Triton low-rank kernels against an adapter-by-adapter float64 loop: interpreted here, compiled on a GPU."""
 
+from tests.kernels import triton_device  # isort: skip  (first: it sets the interpreter up)
+
 import random
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="the package triton is in the dev group")
-
 from server.kernels.lora_blocks import LoraBlocks, LoraBlocksShape, Ranges, count_blocks
 from server.kernels.reference import lora as reference
+from server.kernels.triton import layer as triton_layer
 from server.kernels.triton import lora
 from server.kernels.triton.plans import (
     AnyPlan,
@@ -25,14 +26,15 @@ from server.kernels.triton.plans import (
     lora_scratch_size,
 )
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(triton_device.DEVICE)
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "some base")
 MAX_RANK = 64
 # Small tiles, so that small shapes have several splits, tiles and slices with tails.
 SMALL = LoraPlan(
     ShrinkPlan(block_k=16, block_r=16, programs=2, splits=3, num_warps=4, num_stages=2),
-    ExpandPlan(block_n=32, block_r=16, num_warps=4, num_stages=2),
+    ExpandPlan(block_n=16, num_warps=4, num_stages=2, most_tiles=2),
+    ExpandPlan(block_n=16, num_warps=4, num_stages=2, most_tiles=2),
 )
 
 # Fewer programs than there is to do, and so many that they share tiles.
@@ -54,6 +56,11 @@ class Pool(NamedTuple):
     a: Tensor
     b: tuple[Tensor, ...]
     adapters: list[Ranges]
+
+    @property
+    def max_rank(self) -> int:
+        """Of its adapters, rounded up as tables want it."""
+        return -(-max(sum(stop - start for start, stop in ranges) for ranges in self.adapters) // 16) * 16
 
 
 def make_pool(
@@ -108,10 +115,13 @@ def choose(popularity: str, count: int, num_adapters: int, rng: random.Random) -
 def make_blocks(
     lengths: tuple[int, ...], owner: list[int | None], pool: Pool, block_tokens: int, spare: int = 0
 ) -> LoraBlocks:
-    """Tables of just the size the batch needs, or with `spare` room in each."""
+    """Tables of just the size the batch needs, or with `spare` room in each. The base's tokens have blocks, too."""
     rows = [None if who is None else pool.adapters[who] for who in owner]
     blocks = count_blocks(lengths, rows, block_tokens)
-    shape = LoraBlocksShape(sum(lengths) + spare, len(pool.a) + spare, blocks + spare, block_tokens, MAX_RANK)
+    base = -(-sum(n for n, ranges in zip(lengths, rows, strict=True) if ranges is None) // block_tokens)
+    shape = LoraBlocksShape(
+        sum(lengths) + spare, len(pool.a) + spare, blocks + spare, block_tokens, pool.max_rank, base and base + spare
+    )
     packed = np.full(shape.size, -1, dtype=np.int32)
     assert shape.fill(packed, lengths, rows) == blocks
     return shape.view(torch.from_numpy(packed).to(pool.a.device))
@@ -140,7 +150,7 @@ def assert_close(got: Tensor, before: Tensor, want: Tensor, tolerance: float, to
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("ranks", [(8, 8, 8), (1, 3, 17), (64, 2, 16)], ids=str)
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (1, 3, 17), (70, 2, 16)], ids=str)
 @pytest.mark.parametrize("popularity", POPULARITY)
 @pytest.mark.parametrize(
     ("lengths", "block_tokens"), [((1,) * 9, 16), ((1, 1, 5, 2, 37), 32)], ids=["decode", "ragged"]
@@ -175,11 +185,35 @@ def test_the_plan_of_the_table_serves_any_product(product: Product, block_tokens
     x = torch.randn(6, product.in_features, generator=generator, device=DEVICE)
     y = torch.randn(6, sum(product.widths), generator=generator, device=DEVICE)
     token_owner = [1, 1, 1, None, 0, 0]
-    shape = LoraBlocksShape(blocks.token_index.shape[0], 1, blocks.num_blocks, block_tokens, MAX_RANK)
+    shape = LoraBlocksShape(blocks.token_index.shape[0], 1, blocks.num_blocks, block_tokens, pool.max_rank)
     scratch = torch.full((lora_scratch_size(shape, [product], DEVICE),), torch.nan, device=DEVICE)
     got = y.clone()
     lora.lora_add(got, x, pool.a, pool.b, blocks, product.widths, scratch)
     assert_close(got, y, expected(x, y, pool, token_owner), 1e-6, token_owner)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("popularity", ["uniform", "some base"])
+@pytest.mark.parametrize(("plan", "width"), [(SMALL, 64), (SMALL, 56), (SMALL_DECODE, 48)])
+def test_silu_mul_with_the_term(dtype: torch.dtype, popularity: str, plan: AnyPlan, width: int) -> None:
+    """Of every token, the base's too: bit for bit the expand and then SiLU × up, and right."""
+    generator = torch.Generator(DEVICE).manual_seed(9)
+    product = Product(40, (width, width))
+    pool = make_pool(product, (8, 17, 33), dtype, generator)
+    lengths = (1,) * 12 if isinstance(plan, DecodePlan) else (1, 9, 20, 2, 37, 16)
+    owner = choose(popularity, len(lengths), 3, random.Random(8))
+    token_owner = [who for n, who in zip(lengths, owner, strict=True) for _ in range(n)]
+    blocks = make_blocks(lengths, owner, pool, 16)
+    x = torch.randn(len(token_owner), product.in_features, generator=generator, device=DEVICE).to(dtype)
+    y = torch.randn(len(token_owner), 2 * width, generator=generator, device=DEVICE).to(dtype)
+    apart = y.clone()
+    lora.lora_add(apart, x, pool.a, pool.b, blocks, product.widths, make_scratch(blocks, product, plan), plan)
+    scratch = make_scratch(blocks, product, plan)
+    got = lora.lora_silu_mul(y.clone(), x, pool.a, pool.b, blocks, scratch, plan)
+    assert torch.equal(got, triton_layer.silu_mul(apart))
+    gate, up = expected(x, y, pool, token_owner).split(width, dim=1)
+    want = torch.nn.functional.silu(gate) * up
+    assert (got.double() - want).norm() <= 3 * TOLERANCE[dtype] * want.norm()
 
 
 @PLANS
@@ -243,14 +277,28 @@ def test_tables_group_tokens_by_adapter_in_blocks() -> None:
     assert blocks.length.tolist() == [0] * 5
 
 
+def test_blocks_of_the_base_come_after_all_others() -> None:
+    shape = LoraBlocksShape(tokens=12, rows=8, blocks=3, block_tokens=4, max_rank=8, base_blocks=3)
+    packed = np.full(shape.size, 99, dtype=np.int32)
+    assert shape.fill(packed, [2, 1, 5, 3], [None, ((0, 4),), None, ((0, 4),)]) == 1
+    blocks = shape.view(torch.from_numpy(packed))
+    assert blocks.length.tolist() == [4, 0, 0, 4, 3, 0]
+    assert (blocks.num_blocks, blocks.base_blocks, blocks.count.tolist()) == (3, 3, [1])
+    assert blocks.rank[3:5].tolist() == [0, 0]
+    tokens = blocks.token_index.tolist()
+    assert tokens[:4] == [2, 8, 9, 10]
+    assert [tokens[blocks.start[i] :][: blocks.length[i]] for i in (3, 4)] == [[0, 1, 3, 4], [5, 6, 7]]
+
+
 def test_tables_too_small_for_a_batch_are_refused() -> None:
     rows: list[Ranges | None] = [((0, 4),), ((4, 8),)]
-    fits = LoraBlocksShape(tokens=6, rows=8, blocks=2, block_tokens=4, max_rank=4)
-    fits.fill(np.zeros(fits.size, dtype=np.int32), [4, 2], rows)
-    for short in ({"tokens": 5}, {"rows": 7}, {"blocks": 1}, {"max_rank": 3}):
+    lengths, rows = [4, 2, 5], [*rows, None]
+    fits = LoraBlocksShape(tokens=11, rows=8, blocks=2, block_tokens=4, max_rank=4, base_blocks=2)
+    fits.fill(np.zeros(fits.size, dtype=np.int32), lengths, rows)
+    for short in ({"tokens": 10}, {"rows": 7}, {"blocks": 1}, {"max_rank": 3}, {"base_blocks": 1}):
         shape = replace(fits, **short)
         with pytest.raises(AssertionError):
-            shape.fill(np.zeros(shape.size, dtype=np.int32), [4, 2], rows)
+            shape.fill(np.zeros(shape.size, dtype=np.int32), lengths, rows)
 
 
 @pytest.mark.parametrize("product", [Product(4096, (4096, 1024, 1024)), Product(576, (576,))], ids=str)

@@ -65,7 +65,7 @@ def lora_add(
         y[t, slice s] += (x[t] @ a[r, s].T) @ b[s][r]
     `scratch` is for kernels that pass the inner product through memory; it is not used here.
     """
-    tables = (blocks.start, blocks.length, blocks.first_row, blocks.rank)
+    tables = (table[: blocks.num_blocks] for table in (blocks.start, blocks.length, blocks.first_row, blocks.rank))
     for start, length, first_row, rank in zip(*(table.tolist() for table in tables), strict=True):
         if length == 0:
             continue

@@ -27,26 +27,33 @@ class ShrinkPlan:
 
 @dataclass(frozen=True, slots=True)
 class ExpandPlan:
-    """A program takes one block of tokens and `block_n` output columns of one slice, over `block_r` rows at a time."""
+    """A program takes one block of tokens and, in turn, up to `most_tiles` tiles of `block_n` output columns of one
+    slice, or of gate and up."""
 
     block_n: int
-    block_r: int
     num_warps: int
     num_stages: int
+    most_tiles: int = 8
+
+    def tiles_a_program(self, num_tiles: int) -> int:
+        """Of `num_tiles` in all: fewer where not all of a GPU would be used."""
+        return max(1, min(self.most_tiles, num_tiles // _PREFILL_PROGRAMS))
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPlan:
-    """Both launches of a prefill's fused product."""
+    """Both launches of a prefill's fused product; `gate` is the expand that also does SiLU × up."""
 
     shrink: ShrinkPlan
     expand: ExpandPlan
+    gate: ExpandPlan
 
     def parts(self, in_features: int) -> int:
         """Parts of h that the shrink writes and the expand sums."""
         return self.shrink.splits
 
 
+EXPAND_ROWS = (16, 64)  # rank rows that a prefill's expand adds at once: by the largest rank, or several times the last
 RANK_TILE = 16  # rank rows that a decode's program has in flight at once
 
 
@@ -153,7 +160,8 @@ def _prefill_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, bl
     splits = 1 << (splits.bit_length() - 1)  # few kernels to compile
     warps = 8 if block_tokens >= 128 else 4
     shrink = ShrinkPlan(block_k, 16 * _power_of_two(len(widths)), 1, splits, warps, num_stages=4)
-    return LoraPlan(shrink, ExpandPlan(min(128, _power_of_two(max(widths))), 16, warps, num_stages=1))
+    widest = _power_of_two(max(widths))
+    return LoraPlan(shrink, ExpandPlan(min(128, widest), 8, 3), ExpandPlan(min(64, widest), 8, 3))
 
 
 def _power_of_two(n: int) -> int:
