@@ -6,5 +6,5 @@ streams.py, records.py    one timed stream, and what many of them say
 serving.py, run.py        a server of its own, and Locust as a process against it
 echo.py                   a server that computes nothing: what Locust itself takes
 modes.py, compare.py, report/   the same scenario on every kind of base, as a report
-overload.py               the load that a server accepts, and several times that
+overload.py, cpu.py       the load that a server accepts, and several times that; whose CPU time it took
 """

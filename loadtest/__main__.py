@@ -60,6 +60,7 @@ def parser() -> ArgumentParser:
     )
     beyond.add_argument("--seconds", type=int, help="of each load [the scenario's]")
     beyond.add_argument("--factor", type=float, default=4.0, help="how many times the load [%(default)s]")
+    beyond.add_argument("--rounds", type=int, default=1, help="of both loads in turn; ratios are medians [%(default)s]")
     beyond.add_argument("--json", metavar="FILE", help="add the line to this file, too")
     beyond.add_argument("options", nargs="*", help=f"of its own server, after -- [{' '.join(OWN_SERVER)}]")
     beyond.set_defaults(function=overload)

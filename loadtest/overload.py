@@ -8,17 +8,20 @@ import json
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.live import surroundings
 from loadtest.compare import warm_up
+from loadtest.cpu import cores, cpu_seconds
 from loadtest.errors import LoadTestFailed
 from loadtest.play import Results, play
-from loadtest.scenario import read_scenario
-from loadtest.serving import publish_for, serving
+from loadtest.scenario import Scenario, read_scenario
+from loadtest.serving import Server, publish_for, serving
 from loadtest.streams import Client
 from server.base.resolve import resolve_base
 
@@ -29,9 +32,11 @@ OWN_SERVER = ("--max-num-seqs", "16", "--max-waiting", "16")
 
 
 def overload(options: Namespace) -> int:
-    """Play both loads and print one JSON line; 1 if a request failed at the load that the server accepts, or at the
-    other one otherwise than refused with RetryInfo; else 0. Times decide nothing. Raises LoadTestFailed."""
+    """Play both loads, as often as asked for, and print one JSON line; 1 if a request failed at the load that the
+    server accepts, or at the other one otherwise than refused with RetryInfo; else 0. Times decide nothing. Raises
+    LoadTestFailed."""
     scenario = read_scenario(options.scenario).at(seconds=options.seconds)
+    server: Server | None = None
     with ExitStack() as stack:
         if options.server:
             address, command = options.server, f"--server {options.server}"
@@ -44,21 +49,54 @@ def overload(options: Namespace) -> int:
             address, command = server.address, server.command
         limits = limits_of(address)
         warm_up(scenario, address)
-        _say(f"{limits['max_num_seqs']} users for {scenario.seconds} s")
-        accepted = play(scenario.at(users=limits["max_num_seqs"]), address, quiet=True, processes=options.processes)
-        rate = options.factor * accepted["requests_per_second"]
-        if not rate:
-            raise LoadTestFailed("no request ended at the load that the server accepts; give it more --seconds")
-        _say(f"{rate:.1f} requests a second for {scenario.seconds} s")
-        overloaded = play(scenario.at(rate=rate), address, quiet=True, processes=options.processes)
-    result = compared(accepted, overloaded)
-    line = {"scenario": scenario.name, "server": command, **limits, "factor": options.factor, **result}
+        users = scenario.at(users=limits["max_num_seqs"])
+        rounds = [
+            one_round(users, scenario, options.factor, Player(address, server, options.processes))
+            for _ in range(options.rounds)
+        ]
+    line = {"scenario": scenario.name, "server": command, **limits, "factor": options.factor, **together(rounds)}
     text = json.dumps(line | surroundings())
     print(text)
     if options.json:
         with Path(options.json).open("a") as file:
             file.write(text + "\n")
-    return int(not is_as_promised(result))
+    return int(not all(is_as_promised(found) for found in rounds))
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Plays on the server at `address`; `server` is that one, where it is of our own."""
+
+    address: str
+    server: Server | None
+    processes: int
+
+    def __call__(self, scenario: Scenario) -> tuple[Results, dict[str, float]]:
+        """What was measured, and the cores that it kept busy, by whose work it was; none of another's server."""
+        before = None if self.server is None else cpu_seconds(self.server)
+        results = play(scenario, self.address, quiet=True, processes=self.processes)
+        return results, {} if self.server is None or before is None else cores(before, cpu_seconds(self.server))
+
+
+def one_round(users: Scenario, scenario: Scenario, factor: float, player: Player) -> dict[str, Any]:
+    """Both loads, one after the other. Raises LoadTestFailed when the first is none."""
+    _say(f"the load that it accepts for {users.seconds} s")
+    accepted, accepted_cores = player(users)
+    rate = factor * accepted["requests_per_second"]
+    if not rate:
+        raise LoadTestFailed("no request ended at the load that the server accepts; give it more --seconds")
+    _say(f"{rate:.1f} requests a second for {scenario.seconds} s")
+    overloaded, overloaded_cores = player(scenario.at(rate=rate))
+    found = compared(accepted, overloaded)
+    found["accepted"]["cores"], found["overloaded"]["cores"] = accepted_cores, overloaded_cores
+    return found
+
+
+def together(rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The rounds, and of their ratios the medians: a machine's mood changes from one minute to the next."""
+    shares = [share for share in rounds[0]["tpot_ratio"] if all(share in found["tpot_ratio"] for found in rounds)]
+    ratios = {share: round(median(found["tpot_ratio"][share] for found in rounds), 3) for share in shares}
+    return {"tpot_ratio": ratios, "rounds": rounds}
 
 
 def compared(accepted: Results, overloaded: Results) -> dict[str, Any]:

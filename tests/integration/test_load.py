@@ -77,18 +77,22 @@ def test_a_load_that_is_accepted_and_several_times_that(world: World, tmp_path: 
     scenario = tmp_path / "short.toml"
     scenario.write_text(SCENARIO.replace("low = 4, high = 24", "low = 90, high = 110"))
     few = ("--max-num-seqs", "2", "--max-waiting", "1")
-    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--factor", "4")
+    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--factor", "4", "--rounds", "1")
     command = [sys.executable, "-m", "loadtest", "overload", *options, "--", *SERVER, *few]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    line = json.loads(done.stdout)
+    (found,) = line["rounds"]
     assert (found["accepted"]["users"], found["accepted"]["failed"]) == (2, 0)
     over = found["overloaded"]
     assert over["refused"] > 0
     assert (over["failed_otherwise"], over["without_retry_info"]) == (0, 0)
     assert 1.0 <= over["retry_seconds"]["p50"] <= 60.0
     assert over["requests"] > 0
-    assert found["tpot_ratio"].keys() == {"p50", "p95", "p99"}
+    assert line["tpot_ratio"].keys() == {"p50", "p95", "p99"}
+    for load in (found["accepted"], over):
+        assert load["cores"].keys() == {"engine", "frontend", "generator", "others"}
+        assert all(load["cores"][name] > 0 for name in ("engine", "frontend", "generator"))
 
 
 def test_a_mode_that_does_not_start_is_left_out_and_said_so(world: World, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 
 from loadtest.__main__ import main
 from loadtest.compare import add, joined, kept
+from loadtest.cpu import cores
 from loadtest.errors import LoadTestFailed
-from loadtest.overload import compared, is_as_promised
+from loadtest.overload import compared, is_as_promised, together
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -97,3 +98,17 @@ def test_what_an_overload_says() -> None:
         (load(0.02), over | {"without_retry": 1}),
     ):
         assert not is_as_promised(compared(accepted, overloaded))
+
+
+def test_rounds_make_one_ratio_of_their_medians() -> None:
+    rounds = [compared(load(0.02), load(0.02 * ratio)) for ratio in (1.5, 1.0, 1.1)]
+    assert together(rounds) == {"tpot_ratio": {"p50": 1.1, "p95": 1.1, "p99": 1.1}, "rounds": rounds}
+
+
+def test_whose_cpu_time_it_was() -> None:
+    before = {"engine": 1.0, "frontend": 2.0, "generator": 0.5, "machine": 100.0, "wall": 50.0}
+    after = {"engine": 16.0, "frontend": 3.0, "generator": 2.5, "machine": 119.0, "wall": 60.0}
+    expected = {"engine": 1.5, "frontend": 0.1, "generator": 0.2, "others": 0.1}
+    assert cores(before, after) == expected
+    del before["machine"], expected["others"]
+    assert cores(before, after) == expected
