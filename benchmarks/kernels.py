@@ -1,12 +1,13 @@
-"""Time the low-rank kernels at Llama-3.1-8B's shapes, one JSON line a launch; needs a GPU.
+"""Time the kernels at Llama-3.1-8B's shapes, one JSON line a launch; needs a GPU.
 
-    python -m benchmarks.kernels [--cases 64x64,prefill32768x64] [--dtype bfloat16]
+    python -m benchmarks.kernels [--cases 64x64,prefill32768x64,layer64] [--dtype bfloat16]
     python -m benchmarks.kernels --tune [--budget 150]   # prints lines for the table in server/kernels/triton/plans.py
 
 `us` is the median time of one launch within a replayed CUDA graph that goes over many layers' weights in turn, so that
 these come from memory, as they do in a model. `bytes` counts each weight of an adapter present, and each element of
 x and y, once a read and once a write (in decode these stand in the L2 cache); `share` is bytes over time over the
-bandwidth that a large copy reaches here. The product `all` is a model's 32 layers, in milliseconds (`ms`).
+bandwidth that a large copy reaches here. The product `all` is a model's 32 layers, in milliseconds (`ms`). A case
+`layerROWS` has no adapters: all else that a step of so many tokens launches (`benchmarks.layer_workload`).
 """
 
 import argparse
@@ -19,12 +20,15 @@ from functools import partial
 
 import torch
 
+from benchmarks.layer_workload import LLAMA_8B as LAYER_8B
+from benchmarks.layer_workload import PAGE, LayerWorkload
 from benchmarks.lora_workload import LLAMA_8B, Case, Product, Workload, cases_named, copy_bandwidth, time_launches
 from benchmarks.tuning import tune
 from server.kernels.triton.plans import DECODE_BLOCK, AnyPlan, DecodePlan, lora_plan
+from server.model.attention import AttentionBackend
 
 NUM_LAYERS = 32
-CASES = "1x1,64x1,64x8,64x64,64x8mixed,64x64mixed,prefill32768x64,prefill32768x1"
+CASES = "1x1,64x1,64x8,64x64,64x8mixed,64x64mixed,prefill32768x64,prefill32768x1,layer1,layer64,layer8192"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 Line = dict[str, object]
 
@@ -43,10 +47,31 @@ def main() -> None:
         for key, plan, times in tune(dtype, arguments.budget, arguments.workers):
             print(f"    {key}: {_as_code(plan)},  # µs: {times}", flush=True)
         return
-    for case in cases_named(arguments.cases.split(",")):
+    names = arguments.cases.split(",")
+    layers = [int(name.removeprefix("layer")) for name in names if name.startswith("layer")]
+    for case in cases_named([name for name in names if not name.startswith("layer")]):
         block_tokens = DECODE_BLOCK if case.length == 1 else arguments.block_tokens
         for line in _case_lines(case, block_tokens, dtype, device, bandwidth):
             print(json.dumps(line), flush=True)
+    for rows in layers:
+        for line in _layer_lines(LayerWorkload(LAYER_8B, rows, dtype, device), bandwidth):
+            print(json.dumps(line), flush=True)
+
+
+def _layer_lines(load: LayerWorkload, bandwidth: float) -> Iterator[Line]:
+    def attention(num_pages: int) -> AttentionBackend:
+        from server.model.flashinfer_attention import FlashInferAttention  # only where a GPU is used
+
+        return FlashInferAttention(load.spec, PAGE, num_pages, load.dtype, load.device)
+
+    for launch in load.launches(attention):
+        seconds = time_launches(launch.run, launch.copies)
+        yield {
+            "case": f"layer{load.rows}",
+            "kernel": launch.kernel,
+            "tokens": load.rows,
+            **_speed(seconds, launch.num_bytes, bandwidth),
+        }
 
 
 def _case_lines(
@@ -80,6 +105,12 @@ def _line(case: Case, product: Product, kernel: str, seconds: float, num_bytes: 
         **_about(case),
         "product": product.name,
         "kernel": kernel,
+        **_speed(seconds, num_bytes, bandwidth),
+    }
+
+
+def _speed(seconds: float, num_bytes: int, bandwidth: float) -> Line:
+    return {
         "us": round(1e6 * seconds, 2),
         "bytes": num_bytes,
         "gb_s": round(num_bytes / seconds / 1e9),

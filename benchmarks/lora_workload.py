@@ -160,7 +160,7 @@ def compile_plan(product: Product, block_tokens: int, dtype: torch.dtype, plan: 
         prefill_silu_mul(y, b, blocks, scratch, plan)
 
 
-def time_launches(launch: Callable[[int], None], layers: int, seconds: float = 0.03) -> float:
+def time_launches(launch: Callable[[int], object], layers: int, seconds: float = 0.03) -> float:
     """Median seconds of launch(layer), from replays of a CUDA graph that holds one for each layer."""
     launch(0)  # compiled, and its buffers made, before the capture
     torch.cuda.synchronize()
