@@ -1,14 +1,17 @@
-"""What a GPU's memory goes to, kind by kind, against the driver's account of it."""
+"""What the memory of a GPU goes to, kind by kind, against its driver: nothing else may use the GPU meanwhile."""
 
 import gc
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.synthetic import write_adapters, write_base
+from benchmarks import synthetic
+from server.base.spec import ModelSpec
 from server.engine.messages import SamplingParams, StopParams, Submit
 from tests.engine.inprocess import Driver, adapter_ref
 
@@ -17,11 +20,13 @@ pytestmark = pytest.mark.gpu
 COUNTED = ("weights", "adapters", "kv", "workspace")
 SETTINGS: dict[str, Any] = {
     "page_size": 16,
-    "max_batch_tokens": 4096,
-    "max_num_seqs": 64,
-    "max_model_len": 4096,
+    "max_batch_tokens": 2048,
+    "max_num_seqs": 16,
+    "max_model_len": 2048,
     "canary": False,
 }
+# Layers of Llama-3.1-8B, whose kernels may be compiled already, but two of them and a quarter of the words.
+SHAPE = (4096, 14336, 2, 32, 8, 128, 32768)
 
 
 def used() -> int:
@@ -31,18 +36,28 @@ def used() -> int:
     return total - free
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ModelSpec]]:
+    """A directory with a base, `base`, and four adapters."""
+    directory, device = tmp_path_factory.mktemp("memory"), torch.device("cuda")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(synthetic.SHAPES, "short", SHAPE)
+        spec = synthetic.write_base(directory / "base", "short", "none", device)
+    synthetic.write_adapters(spec, directory, 4, 16, False, device)
+    yield directory, spec
+    shutil.rmtree(directory)
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_kinds_agree_with_the_driver(quantization: str, tmp_path: Path) -> None:
+def test_kinds_agree_with_the_driver(quantization: str, base: tuple[Path, ModelSpec]) -> None:
     """Each kind is what its tensors' sizes say, not what the others leave, so their sum can be wrong. The CUDA context,
     libraries and kernels are there before."""
-    device = torch.device("cuda")
-    spec = write_base(tmp_path / "base", "llama-3.1-8b", "none", device, num_layers=6)
-    write_adapters(spec, tmp_path, 4, 16, False, device)
-    adapters = [adapter_ref(tmp_path / f"a{i}") for i in range(4)]
+    directory, spec = base
+    adapters = [adapter_ref(directory / f"a{i}") for i in range(4)]
 
     def start(kv: int, pool: int) -> Driver:
         budgets = {"kv_cache_bytes": kv, "adapter_cache_bytes": pool}
-        return Driver(tmp_path / "base", overlap=None, device="cuda", quantization=quantization, **budgets, **SETTINGS)
+        return Driver(directory / "base", overlap=None, device="cuda", quantization=quantization, **budgets, **SETTINGS)
 
     driver = start(1 << 30, 1 << 28)
     del driver
@@ -67,7 +82,7 @@ def test_kinds_agree_with_the_driver(quantization: str, tmp_path: Path) -> None:
 def busiest(driver: Driver, adapters: list[Any]) -> None:
     """Full batches of prompts and decodes with adapters, and draws that sort the vocabulary."""
     rng = random.Random(0)
-    names = [f"r{i}" for i in range(64)]
+    names = [f"r{i}" for i in range(SETTINGS["max_num_seqs"])]
     for i, name in enumerate(names):
         sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=i)
         prompt, stopping = rng.choices(range(1000), k=1024), StopParams(8, ignore_eos=True)
