@@ -140,6 +140,10 @@ def build_engine(
         progress("compiling or loading the kernels of mixed steps")
         most = min(max_batch_tokens, num_pages * config.page_size)
         warm_up(model, cache, attention, pool, most, config.max_num_seqs)
+    elif pool.num_rows:
+        from server.lora.cpu_batch import warm_up as warm_up_low_rank
+
+        warm_up_low_rank(pool)
     runner = Runner(
         model=model,
         cache=cache,

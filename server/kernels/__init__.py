@@ -12,19 +12,17 @@ from server.kernels.linear import Linear, PackedLinear, linear_silu_mul, pack_li
 from server.kernels.memory import Scratch, reserve
 from server.kernels.reference.attention import head_rows, paged_decode_attention, prefill_attention
 from server.kernels.reference.layer import rope_table
-from server.kernels.reference.lora import RowRun, lora_decode, lora_segment
+from server.kernels.reference.lora import lora_segment
 
 __all__ = [
     "Linear",
     "PackedLinear",
     "QuantizedWeight",
-    "RowRun",
     "Scratch",
     "add_rms_norm",
     "dequantize",
     "head_rows",
     "linear_silu_mul",
-    "lora_decode",
     "lora_segment",
     "pack_four_bit",
     "pack_linear",

@@ -12,6 +12,7 @@ from torch import Tensor
 from server.base.memory import ADAPTER_PAGE_ROWS, adapter_row_bytes, adapter_rows, num_adapter_rows
 from server.base.spec import ModelSpec
 from server.kernels import reserve
+from server.kernels.lora_rows import LoraRows
 from server.lora.weights import LinearGroup, PackedAdapter, linear_groups
 
 PAGE_ROWS = ADAPTER_PAGE_ROWS
@@ -21,11 +22,23 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class GroupPool:
-    """The rows of one fused product: a [layers, rows, slices, in], b one [layers, rows, out_s] a slice."""
+    """The rows of one fused product: a [layers, rows, slices, in], b one [layers, rows, out_s] a slice; `layers` are
+    views of each layer's."""
 
     group: LinearGroup
     a: Tensor
     b: tuple[Tensor, ...]
+    layers: tuple[LoraRows, ...]
+
+    @classmethod
+    def reserve(
+        cls, group: LinearGroup, num_layers: int, num_rows: int, dtype: torch.dtype, device: torch.device
+    ) -> "GroupPool":
+        shape = (num_layers, num_rows)
+        a = reserve((*shape, len(group.modules), group.in_features), dtype, device)
+        b = tuple(reserve((*shape, width), dtype, device) for width in group.widths)
+        layers = zip(a.unbind(), *(weight.unbind() for weight in b), strict=True)
+        return cls(group, a, b, tuple(LoraRows.of(first, others) for first, *others in layers))
 
 
 class AdapterPool:
@@ -40,14 +53,8 @@ class AdapterPool:
         self.is_cuda = device.type == "cuda"
         self.row_bytes = adapter_row_bytes(spec, dtype.itemsize)
         self.num_rows = num_adapter_rows(num_bytes, self.row_bytes)
-        shape = (spec.num_layers, self.num_rows)
         self.groups = {
-            group.name: GroupPool(
-                group,
-                reserve((*shape, len(group.modules), group.in_features), dtype, device),
-                tuple(reserve((*shape, width), dtype, device) for width in group.widths),
-            )
-            for group in groups
+            group.name: GroupPool.reserve(group, spec.num_layers, self.num_rows, dtype, device) for group in groups
         }
         self._free = [True] * (self.num_rows // PAGE_ROWS)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None

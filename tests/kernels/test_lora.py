@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.lora.batch import LoraBatch, TokenSpan, build_lora_batch
+from server.kernels.cpu.lora import BlockTables, lora_add
+from server.kernels.lora_blocks import LoraBlocksShape
+from server.kernels.lora_rows import LoraRows
+from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
 from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import PackedAdapter, linear_groups
 
@@ -91,7 +94,7 @@ def test_parity(dtype: torch.dtype, ranks: tuple[int, ...], popularity: str, len
 
 
 def assert_close(
-    batch: LoraBatch | None, y: Tensor, x: Tensor, group: str, want: Tensor, tolerance: float, owner: list[int | None]
+    batch: LowRankTerm | None, y: Tensor, x: Tensor, group: str, want: Tensor, tolerance: float, owner: list[int | None]
 ) -> None:
     before = y.clone()
     if batch is None:
@@ -144,3 +147,44 @@ def test_what_other_rows_hold_never_reaches_a_token() -> None:
     want = expected(x, torch.zeros(2, 64), [adapter], [0, None], "qkv", 0)
     assert torch.allclose(y[0].double(), want[0], atol=1e-5)
     assert not torch.isfinite(y[1]).all()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_rounding_is_torchs(dtype: torch.dtype) -> None:
+    """y + x · 1 · 1 for every kind of number: ties, infinity and NaN as torch has them."""
+    finfo = torch.finfo(dtype)
+    edges = [0.0, -0.0, 1.0, 3.0, finfo.tiny, finfo.smallest_normal / 2, finfo.max, -finfo.max, finfo.eps]
+    edges += [float("inf"), -float("inf"), float("nan")]
+    small = [0.0, finfo.eps / 2, -finfo.eps / 2, finfo.eps, 1.5 * finfo.eps, finfo.max, 2.0**-20]
+    pairs = torch.tensor([(a, b) for a in edges for b in small], dtype=torch.float32).to(dtype)
+    y, x = pairs[:, :1].clone(), pairs[:, 1:].clone()
+    one = torch.ones(1, 1, dtype=dtype)
+    packed = torch.tensor([0, len(pairs), 0, 1, *range(len(pairs)), 0, 1], dtype=torch.int32)
+    shape = LoraBlocksShape(tokens=len(pairs), rows=1, blocks=1, block_tokens=len(pairs), max_rank=1)
+    want = (y.float() + x.float()).to(dtype)
+    lora_add(y, x, LoraRows.of(one[None], [one]), BlockTables.of(shape.view(packed)))
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert torch.equal(y.signbit()[~want.isnan()], want.signbit()[~want.isnan()])
+
+
+def test_a_token_has_the_same_bits_alone_and_in_any_batch() -> None:
+    generator = torch.Generator().manual_seed(5)
+    pool = AdapterPool(SPEC, 1 << 18, torch.bfloat16, torch.device("cpu"))
+    rows = [allocate(pool, rank) for rank in (3, 8, 17)]
+    for place, rank in zip(rows, (3, 8, 17), strict=True):
+        pool.write(place, random_adapter(rank, torch.bfloat16, generator))
+    spans = [TokenSpan(1, place) for place in (rows[1], None, rows[0], rows[2], rows[1], rows[2])]
+    x, before = torch.randn(6, 32, generator=generator).bfloat16(), torch.randn(6, 64, generator=generator).bfloat16()
+    together = before.clone()
+    added(build_lora_batch(pool, spans, [])).add(together, x, "qkv", 0)
+    for i, span in enumerate(spans):
+        alone = before[i : i + 1].clone()
+        if span.rows is not None:
+            added(build_lora_batch(pool, [span], [])).add(alone, x[i : i + 1], "qkv", 0)
+        assert torch.equal(together[i], alone[0]), i
+
+
+def added(batch: LowRankTerm | None) -> LowRankTerm:
+    assert batch is not None
+    return batch

@@ -1,13 +1,19 @@
-"""How a batch's rows are put together on a CPU, and that what lies between them does not matter."""
+"""Which tokens of a batch on a CPU the kernel takes and which the matrix products, and that both give the same."""
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from server.lora.batch import HOLE_BYTES, LoraBatch, TokenSpan, build_lora_batch
+from server.lora.batch import TokenSpan
+from server.lora.cpu_batch import PRODUCT_SIZE, CpuLoraBatch, Segment, build_cpu_lora_batch
 from server.lora.pool import AdapterPool, Ranges
 from tests.kernels.test_lora import SPEC
 
 CPU = torch.device("cpu")
+FIRST: Ranges = ((0, 8),)
+SECOND: Ranges = ((8, 12), (20, 24))
+MANY = PRODUCT_SIZE // 8  # tokens of an adapter of rank 8
 
 
 def filled_pool(num_rows: int) -> AdapterPool:
@@ -20,28 +26,57 @@ def filled_pool(num_rows: int) -> AdapterPool:
     return pool
 
 
-def term(pool: AdapterPool, spans: list[TokenSpan], x: torch.Tensor, group: str) -> torch.Tensor:
-    batch = build_lora_batch(pool, spans, [])
-    assert batch is not None
-    y = torch.zeros(len(x), sum(pool.groups[group].group.widths))
+def term(batch: CpuLoraBatch, x: Tensor, group: str) -> Tensor:
+    y = torch.zeros(len(x), sum(batch.pool.groups[group].group.widths))
     batch.add(y, x, group, 1)
     return y
 
 
-@pytest.mark.parametrize("hole", [0, 8, 2000])
-def test_adapters_across_a_hole_give_what_each_gives_alone(hole: int) -> None:
-    """Whatever is in the hole: others' rows, or what an earlier owner left."""
-    pool = filled_pool(8 + hole + 8)
-    first: Ranges = ((0, 8),)
-    second: Ranges = ((8 + hole, 16 + hole),)
-    spans = [TokenSpan(1, first), TokenSpan(1, second), TokenSpan(1, None), TokenSpan(1, first)]
-    batch = build_lora_batch(pool, spans, [])
-    assert isinstance(batch, LoraBatch)
-    product_bytes = pool.row_bytes / (SPEC.num_layers * len(pool.groups))
-    assert len(batch.runs) == (2 if hole * product_bytes > HOLE_BYTES else 1)
+@pytest.mark.parametrize(
+    ("spans", "segments", "kernel_tokens"),
+    [
+        ([TokenSpan(1, FIRST)] * 3, (), [0, 1, 2]),
+        ([TokenSpan(1, None), TokenSpan(1, SECOND)], (), [1]),
+        ([TokenSpan(MANY - 1, FIRST)], (), list(range(MANY - 1))),
+        ([TokenSpan(MANY, FIRST)], (Segment(0, MANY, FIRST),), None),
+        ([TokenSpan(1, FIRST)] * MANY, (Segment(0, MANY, FIRST),), None),
+        (
+            [TokenSpan(1, SECOND), TokenSpan(1, None), TokenSpan(MANY, FIRST), TokenSpan(2, SECOND)],
+            (Segment(2, 2 + MANY, FIRST),),
+            [0, MANY + 2, MANY + 3],
+        ),
+    ],
+)
+def test_many_neighbours_of_an_adapter_are_a_segment(
+    spans: list[TokenSpan], segments: tuple[Segment, ...], kernel_tokens: list[int] | None
+) -> None:
+    batch = build_cpu_lora_batch(filled_pool(24), spans)
+    assert batch.segments == segments
+    if kernel_tokens is None:
+        assert batch.tables is None
+    else:
+        assert batch.tables is not None
+        blocks = batch.tables.blocks
+        taken = [blocks.token_index[i : i + n].tolist() for i, n in zip(blocks.start, blocks.length, strict=True)]
+        assert sorted(token for tokens in taken for token in tokens) == kernel_tokens
+
+
+def test_both_forms_give_the_same() -> None:
+    pool = filled_pool(24)
+    spans = [TokenSpan(3, SECOND), TokenSpan(2, None), TokenSpan(MANY, FIRST), TokenSpan(1, SECOND)]
+    batch = build_cpu_lora_batch(pool, spans)
+    apart = [build_cpu_lora_batch(pool, [TokenSpan(1, span.rows)]) for span in spans for _ in range(span.length)]
     for name, group in pool.groups.items():
-        x = torch.randn(4, group.group.in_features)
-        mixed = term(pool, spans, x, name)
-        for i, span in enumerate(spans):
-            alone = term(pool, [span], x[i : i + 1], name) if span.rows else torch.zeros(1, mixed.shape[1])
-            assert torch.allclose(mixed[i], alone[0], rtol=1e-4, atol=1e-4), (name, i)
+        x = torch.randn(len(apart), group.group.in_features)
+        each = torch.cat([term(one, x[i : i + 1], name) for i, one in enumerate(apart)])
+        assert torch.allclose(term(batch, x, name), each, rtol=1e-4, atol=1e-4), name
+        assert torch.equal(each[3:5], torch.zeros_like(each[3:5]))
+
+
+def test_the_gate_has_its_low_rank_terms() -> None:
+    pool = filled_pool(24)
+    batch = build_cpu_lora_batch(pool, [TokenSpan(1, FIRST), TokenSpan(1, None), TokenSpan(1, SECOND)])
+    width = pool.groups["gate_up"].group.widths[0]
+    x, y = torch.randn(3, SPEC.hidden_size), torch.randn(3, 2 * width)
+    gate, up = (y + term(batch, x, "gate_up")).split(width, dim=1)
+    assert torch.allclose(batch.silu_mul(y, x, 1), F.silu(gate) * up, rtol=1e-4, atol=1e-4)

@@ -7,59 +7,37 @@ rows as its rank, so ranks are ragged and nothing is padded.
 
     a  [rows, slices, in]     the fused layer's projections (q, k, v) side by side
     b  one [rows, out_s] a slice
-
-Rows of the pool that nobody owns must be finite: they meet a zero, never a NaN.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from server.kernels.lora_blocks import LoraBlocks
 
 
-class RowRun(NamedTuple):
-    """Pool rows [start, stop) and foreign [n, 1, stop − start]: which of them are not of each token's adapter."""
-
-    start: int
-    stop: int
-    foreign: Tensor
-
-
-def lora_decode(
-    y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], runs: Sequence[RowRun], widths: Sequence[int]
-) -> None:
-    """Add the low-rank term of tokens with any mix of adapters to y [n, sum(widths)], in place; x is [n, in].
-
-    Semantics, for each token i, slice s and pool row r that its adapter owns:
-        y[i, slice s] += (x[i] · a[r, s]) · b[s][r]
-    One product over a run of rows serves all its adapters: every weight is read once, and what a token computes
-    with rows it does not own is dropped before the second product.
-    """
-    n, num_slices = x.shape[0], a.shape[1]
-    for run in runs:
-        rows = run.stop - run.start
-        h = (x @ a[run.start : run.stop].reshape(rows * num_slices, -1).t()).view(n, rows, num_slices)
-        h = h.transpose(1, 2).masked_fill(run.foreign, 0)  # [n, slices, rows]
-        _expand(y, h, [weight[run.start : run.stop] for weight in b], widths)
-
-
 def lora_segment(
     y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], rows: Sequence[tuple[int, int]], widths: Sequence[int]
 ) -> None:
-    """The same for tokens of one adapter, which owns the pool rows of all ranges in `rows`."""
+    """Add the low-rank term of tokens of one adapter to y [n, sum(widths)], in place; x is [n, in]. The adapter owns
+    the pool rows of all ranges in `rows`.
+
+    Semantics, for each slice s and pool row r of the adapter:
+        y[:, slice s] += (x @ a[r, s]) · b[s][r]
+    """
     num_slices = a.shape[1]
     for start, stop in rows:
-        h = (x @ a[start:stop].reshape((stop - start) * num_slices, -1).t()).view(-1, stop - start, num_slices)
-        _expand(y, h.transpose(1, 2), [weight[start:stop] for weight in b], widths)
+        h = (x @ a[start:stop].view((stop - start) * num_slices, -1).t()).view(-1, stop - start, num_slices)
+        first = 0
+        for s, width in enumerate(widths):
+            y[:, first : first + width].addmm_(h[:, :, s], b[s][start:stop])
+            first += width
 
 
 def lora_add(
     y: Tensor, x: Tensor, a: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, widths: Sequence[int], scratch: Tensor
 ) -> None:
-    """The same for tokens grouped in `blocks`, the form that GPUs take: y [n, sum(widths)] in place, x [n, in].
+    """The same for tokens grouped in `blocks`, of any mix of adapters: y [n, sum(widths)] in place, x [n, in].
 
     Semantics, for each block, its tokens t, its adapter's pool rows r and each slice s:
         y[t, slice s] += (x[t] @ a[r, s].T) @ b[s][r]
@@ -72,15 +50,5 @@ def lora_add(
         token = blocks.token_index[start : start + length]
         row = blocks.row_index[first_row : first_row + rank]
         part = y[token]
-        h = (x[token] @ a[row].flatten(0, 1).t()).view(length, rank, -1)
-        _expand(part, h.transpose(1, 2), [weight[row] for weight in b], widths)
+        lora_segment(part, x[token], a[row], [weight[row] for weight in b], ((0, rank),), widths)
         y[token] = part
-
-
-def _expand(y: Tensor, h: Tensor, b: Sequence[Tensor], widths: Sequence[int]) -> None:
-    """y[:, slice s] += h[:, s] b[s] for h [n, slices, rows]."""
-    first = 0
-    for s, width in enumerate(widths):
-        part = y[:, first : first + width]
-        part += torch.mm(h[:, s], b[s])
-        first += width
