@@ -14,11 +14,12 @@ from adapters.manifest import TrainingInfo
 from trainer.checkpoints import Checkpoint
 from trainer.devices import autocast
 from trainer.errors import RunError
+from trainer.fake_model import materialise, meta_model
 from trainer.fused import fuse_where_it_pays
 from trainer.groups import Alone, Group, first_process_first
 from trainer.loop import Evaluation, Interrupted, Listener, Loop, Progress, Result, Step
 from trainer.loss import CausalLoss
-from trainer.memory import checkpoint_layers, materialise, meta_model
+from trainer.memory import checkpoint_layers
 from trainer.methods import METHODS
 from trainer.methods import adapter as adapters
 from trainer.optim import optimizer_state, restore_optimizer

@@ -5,37 +5,34 @@ What a library takes inside an operation is not seen (a few MiB), nor what an al
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.batches import Batch, Segments
+from trainer.batches import Batch
 from trainer.devices import choose_attention
+from trainer.fake_model import fake_batch, materialise, meta_model
 from trainer.fused import fuse
 from trainer.loss import CausalLoss
-from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
-from trainer.methods.base import known_attention
 from trainer.optim import choose_optimizer
 from trainer.settings import Settings
+from trainer.sharding import layers_of
 
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2.04, "paged_adamw_8bit": 2.04}  # a weight
-FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}  # bytes a weight, by double quantization
 SMALL = 4096  # weights: bitsandbytes keeps fp32 states for tensors below this
-
-
 CRUDE = 400  # bytes of activations a token, layer and unit of width: far above any step's, where rows are not long
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes at the moment that most are held. `activations` are what the backward pass needs and what operations hold
-    for a moment, of the body; `logits` those of the head and the loss."""
+    """Bytes of a device at the moment that most are held. `activations` are what the backward pass needs and what
+    operations hold for a moment, of the body; `logits` those of the head and the loss; `gathered` what is there, of
+    weights and gradients in shards, besides this device's own."""
 
     weights: int
     adapters: int
@@ -43,12 +40,21 @@ class Estimate:
     optimizer: int
     activations: int
     logits: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        parts = (self.weights, self.adapters, self.gradients, self.optimizer, self.activations, self.logits)
-        return sum(parts)
+        return sum(astuple(self))
+
+
+@dataclass(frozen=True, slots=True)
+class _Peaks:
+    """Bytes alive at most, besides weights and optimizer: until the loss is known, of these the head's, and after."""
+
+    forward: int
+    head: int
+    backward: int
 
 
 def available_memory(device: torch.device) -> int:
@@ -88,9 +94,9 @@ def needs_checkpointing(
         dtype=dtype,
         device=device,
         checkpointing=False,
+        num_shards=num_shards,
     )
-    split = found.weights + found.adapters + found.gradients + found.optimizer
-    return found.total - split + split / num_shards > 0.9 * available
+    return found.total > 0.9 * available
 
 
 def estimate(
@@ -103,100 +109,74 @@ def estimate(
     dtype: torch.dtype,
     device: torch.device,
     checkpointing: bool,
+    num_shards: int = 1,
 ) -> Estimate:
-    """Of a step on `rows` rows at once of `length` tokens, `learned` of which are learned, for the base at `path`."""
+    """Of a step on `rows` rows at once of `length` tokens, `learned` of which are learned, for the base at `path`; on
+    each of `num_shards` devices that have such rows of their own and a part of the weights."""
     lm = meta_model(path, settings, dtype, choose_attention(length, device))
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialise(lm)
-        return _count(lm, settings, rows, length, learned, dtype, device, checkpointing)
+        if checkpointing:
+            checkpoint_layers(lm)
+        fuses = device.type == "cuda" and dtype is torch.bfloat16 and settings.method != "full" and num_shards == 1
+        batch = fake_batch(rows, length, learned, packed=settings.packing)
+        peaks = _measure(lm, batch, dtype, settings, fuses=fuses, num_shards=num_shards)
+    return _add_up(lm, peaks, settings, choose_optimizer(settings, device), num_shards)
 
 
-def _count(
-    lm: Any,
-    settings: Settings,
-    rows: int,
-    length: int,
-    learned: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    checkpointing: bool,
-) -> Estimate:
-    trained = [p for p in lm.parameters() if p.requires_grad]
-    adapters = 0 if settings.method == "full" else sum(_bytes(p) for p in trained)
-    weights = sum(_bytes(p) for p in _unique(lm)) - adapters
-    if checkpointing:
-        checkpoint_layers(lm)
+def _measure(lm: Any, batch: Batch, dtype: torch.dtype, settings: Settings, *, fuses: bool, num_shards: int) -> _Peaks:
+    """What a pass forwards and backwards holds, of weights that are whole while they are needed."""
     lm.train()
-    gradients = sum(_bytes(p) for p in trained)
     with (
         LiveBytes(not settings.packing) as live,
         torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32),
     ):
-        batch = fake_batch(rows, length, learned, packed=settings.packing)
-        fuses = device.type == "cuda" and dtype is torch.bfloat16 and settings.method != "full"
-        fused = fuse(lm, tries=False)[0] if fuses else None
-        loss = CausalLoss(lm, fused)
+        for parameter in lm.parameters():
+            if parameter.requires_grad and num_shards > 1:  # of its gradient a shard stays
+                parameter.register_post_accumulate_grad_hook(lambda p: live.let_go(_bytes(p) * (1 - 1 / num_shards)))
+        loss = CausalLoss(lm, fuse(lm, tries=False)[0] if fuses else None)
         if settings.packing:
             loss.require_positions()
         hidden = loss.hidden(batch.ids, batch.position_ids, batch.segments)
         body_held = live.now
         live.peak = live.now
         total = loss.at(hidden, batch.places, batch.targets)
-        head_peak = live.peak - body_held
-        forward_peak = live.peak
+        forward, head = live.peak, live.peak - body_held
         del hidden
         live.peak = live.now
         total.backward()
-        backward_peak = live.peak
-    peak = max(forward_peak, backward_peak)  # gradients are among what is alive at the end of the backward pass
-    logits = head_peak if forward_peak >= backward_peak else 0
-    kind = choose_optimizer(settings, device)
-    optimizer = sum(int(p.numel() * (8.0 if p.numel() < SMALL else OPTIMIZER_BYTES[kind])) for p in trained)
-    held = min(gradients, peak)
-    return Estimate(weights, adapters, held, optimizer, peak - logits - held, logits)
+        return _Peaks(forward, head, live.peak)
 
 
-def meta_model(path: Path, settings: Settings, dtype: torch.dtype, attention: str) -> Any:
-    """The model that a run would train, without contents."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    attention = known_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
-    weights = torch.float32 if settings.method == "full" else dtype
-    with torch.device("meta"):
-        lm: Any = AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation=attention)  # type: ignore[no-untyped-call]
-        lm.tie_weights()
-        if settings.method != "full":
-            lm.requires_grad_(False)
-            if settings.method == "qlora":
-                _quantize(lm, settings)
-            add_adapter(lm, settings, choose_targets(linear_layers(lm), settings.target_modules))
-    return lm
-
-
-def materialise(lm: Any) -> None:
-    """Put fake tensors on the CPU in place of those on `meta`, so that autocast and kernels' choices are the CPU's."""
-    made: dict[int, Tensor] = {}
-    for module in lm.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, old in tensors.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    new: Tensor = torch.empty(old.shape, dtype=old.dtype)
-                    made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                    if hasattr(old, "logical_shape"):
-                        made[id(old)].logical_shape = old.logical_shape  # type: ignore[attr-defined]
-                        made[id(old)].quant_state = old.quant_state  # type: ignore[attr-defined]
-                tensors[name] = made[id(old)]
-
-
-def fake_batch(rows: int, length: int, learned: int, *, packed: bool) -> Batch:
-    """A batch of that shape."""
-    ids = torch.zeros(rows, length, dtype=torch.int64)
-    places = torch.zeros(learned, dtype=torch.int64)
-    segments = Segments(torch.zeros(2, dtype=torch.int32), length) if packed else None
-    return Batch(ids, ids if packed else None, places, places, rows * length, segments)
+def _add_up(lm: Any, peaks: _Peaks, settings: Settings, optimizer: str, num_shards: int) -> Estimate:
+    """The parts, of weights of which each of `num_shards` devices has as much."""
+    trained = [p for p in lm.parameters() if p.requires_grad]
+    gradients = sum(map(_bytes, trained))
+    adapters = 0 if settings.method == "full" else gradients
+    weights = sum(map(_bytes, _unique(lm))) - adapters
+    states = sum(int(p.numel() * (8.0 if p.numel() < SMALL else OPTIMIZER_BYTES[optimizer])) for p in trained)
+    forward, backward = peaks.forward, peaks.backward  # gradients are among what is alive at the backward pass's end
+    gathered = (0, 0)
+    if num_shards > 1:
+        layers = [sum(map(_bytes, layer.parameters())) for layer in layers_of(lm)]
+        layer, rest = max(layers, default=0), sum(map(_bytes, lm.parameters())) - sum(layers)
+        # forwards a layer and the next one; backwards also gradients on their way; at the end those of what is in none
+        gathered = (rest + 2 * layer, rest + 3 * layer)
+        if gradients // num_shards + 3 * rest + layer > backward + gathered[1] and settings.method == "full":
+            backward, gathered = gradients // num_shards, (gathered[0], 3 * rest + layer)
+    is_forward = forward + gathered[0] >= backward + gathered[1]
+    peak = forward if is_forward else backward
+    logits = peaks.head if is_forward else 0
+    held = min(gradients // num_shards, peak)
+    return Estimate(
+        weights // num_shards,
+        adapters // num_shards,
+        held,
+        states // num_shards,
+        max(peak - logits - held, 0),
+        logits,
+        gathered[0] if is_forward else gathered[1],
+    )
 
 
 def checkpoint_layers(lm: Any) -> None:
@@ -233,6 +213,10 @@ class LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._remove, key, storage.nbytes())
         return output
 
+    def let_go(self, size: float) -> None:
+        """Count so many bytes less, of storages that stay."""
+        self.now -= int(size)
+
     def _add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -240,39 +224,6 @@ class LiveBytes(TorchDispatchMode):
     def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
-
-
-class _FourBitLinear(nn.Linear):
-    """Stands for bitsandbytes's: half a byte a weight at rest, the whole weight in 16 bits while it is multiplied."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _Dequantized.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return result if self.bias is None else result + self.bias
-
-
-class _Dequantized(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor) -> Tensor:
-        ctx.save_for_backward(packed)
-        whole = torch.empty(packed.logical_shape, dtype=x.dtype, device=x.device)  # type: ignore[attr-defined]
-        return x @ whole.t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (packed,) = ctx.saved_tensors
-        return grads[0] @ torch.empty(packed.logical_shape, dtype=grads[0].dtype, device=grads[0].device), None
-
-
-def _quantize(lm: Any, settings: Settings) -> None:
-    """Put 4-bit weights in place of those of the linear layers."""
-    for path in linear_layers(lm):
-        layer = lm.get_submodule(path)
-        layer.__class__ = _FourBitLinear
-        shape = tuple(layer.weight.shape)
-        size = int(layer.weight.numel() * FOUR_BITS[settings.double_quantization])
-        layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
-        layer.weight.logical_shape = shape
-        layer.weight.quant_state = SimpleNamespace(shape=shape, dtype=lm.dtype)
 
 
 def _unique(lm: Any) -> list[Tensor]:

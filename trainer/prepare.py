@@ -67,10 +67,7 @@ class Prepared:
 def prepare(settings: Settings, note: Note, like: Prepared | None = None, num_devices: int = 1) -> Prepared:
     """Check everything that can be checked before the model is loaded. `like` is another run's of the same base, whose
     base and tokenizer are taken; `num_devices` how many share a step. Raises LorikeetError kinds."""
-    if settings.batch_size % num_devices:
-        raise SettingsError(
-            f"batch-size {settings.batch_size} cannot be split over {num_devices} devices; take a multiple of that"
-        )
+    check_split(settings, num_devices)
     require_data(settings.data)
     if settings.eval_data:
         require_data(settings.eval_data)
@@ -125,6 +122,14 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None, num_de
         checkpointing=checkpointing,
         sharded=sharded,
     )
+
+
+def check_split(settings: Settings, num_devices: int) -> None:
+    """Raises SettingsError if devices could not have as many rows of a step each."""
+    if settings.batch_size % num_devices:
+        raise SettingsError(
+            f"batch-size {settings.batch_size} cannot be split over {num_devices} devices; take a multiple of that"
+        )
 
 
 def find_base(base: str | None, note: Note) -> Base:

@@ -37,14 +37,19 @@ def needs_sharding(path: Path, settings: Settings, num_devices: int, available: 
     return True
 
 
+def layers_of(causal_lm: Any) -> list[nn.Module]:
+    """What is gathered at once: the decoder's layers."""
+    kinds = set(getattr(causal_lm, "_no_split_modules", None) or ())
+    return [module for module in causal_lm.modules() if type(module).__name__ in kinds]
+
+
 def shard(loss: CausalLoss, group: Group, device: torch.device) -> None:
     """Put shards on `device` in place of the weights of `loss`'s model, which lie on the CPU: those of the first
     process; the others' values do not matter."""
     causal_lm = loss.causal_lm
     values = {name: parameter.detach() for name, parameter in causal_lm.named_parameters()}
     mesh = init_device_mesh(device.type, (group.size,))
-    kinds = set(getattr(causal_lm, "_no_split_modules", None) or ())
-    for layer in [module for module in causal_lm.modules() if type(module).__name__ in kinds]:
+    for layer in layers_of(causal_lm):
         fully_shard(layer, mesh=mesh)
     fully_shard(loss, mesh=mesh)  # what is in no layer; gathered where the loss is asked for
     for module in loss.modules():

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from server.base.resolve import BaseModel
+from trainer.cli import main
 from trainer.memory import estimate, needs_checkpointing
 from trainer.settings import Settings
 
@@ -21,6 +22,11 @@ CASES = [
     for method in ("lora", "qlora", "full")
     for dtype in ("float32", "bfloat16")
     for rows, length, checkpointing in ((6, 256, False), (2, 1024, True))
+]
+
+SHARDED = [
+    {"settings": {"method": method}, "dtype": "float32", "rows": rows, "length": 128, "checkpointing": ck, "devices": 2}
+    for method, rows, ck in (("full", 8, False), ("full", 1, True), ("lora", 8, True))
 ]
 
 
@@ -37,7 +43,7 @@ def test_the_estimate_is_within_a_tenth_of_what_is_taken(base: BaseModel, tmp_pa
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "tests.trainer.measure_memory"]
     done = subprocess.run(
-        [*command, str(base.path), str(tmp_path / "model"), json.dumps(CASES)],
+        [*command, str(base.path), str(tmp_path / "model"), json.dumps(CASES + SHARDED)],
         capture_output=True,
         text=True,
         check=False,
@@ -45,7 +51,7 @@ def test_the_estimate_is_within_a_tenth_of_what_is_taken(base: BaseModel, tmp_pa
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(found) == 12
+    assert len(found) == 12 + 3
     for line in found:
         assert line["estimated"] == pytest.approx(line["measured"], rel=0.1), line["case"]
 
@@ -83,6 +89,35 @@ def test_checkpointing_is_on_when_a_step_would_not_fit(base: BaseModel) -> None:
     assert not on(1 << 40)
     assert on(1 << 40, gradient_checkpointing="on")
     assert not on(1, gradient_checkpointing="off")
+
+
+def test_the_command_counts_what_each_of_several_devices_holds(
+    base: BaseModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parts(*options: str) -> dict[str, int]:
+        common = [
+            "--base",
+            str(base.path),
+            "--method",
+            "full",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--length",
+            "32",
+        ]
+        assert main(["estimate", *common, *options, "--json"]) == 0
+        off: dict[str, int] = json.loads(capsys.readouterr().out)["checkpointing"]["off"]
+        return off
+
+    one, half = parts("--batch-size", "2"), parts("--batch-size", "4", "--devices", "2")
+    assert {name: one[name] / half[name] for name in ("weights", "optimizer")} == {"weights": 2, "optimizer": 2}
+    assert (one["gathered"], half["gathered"] > 0) == (0, True)
+    apart = parts("--batch-size", "4", "--devices", "2", "--shard", "off")
+    assert (apart["weights"], apart["total"]) == (one["weights"], one["total"])
+    assert main(["estimate", "--base", str(base.path), "--batch-size", "3", "--devices", "2"]) == 2
+    assert "batch-size 3 cannot be split over 2 devices" in capsys.readouterr().err
 
 
 def test_on_a_gpu_a_layer_keeps_what_the_fused_one_does(tmp_path: Path) -> None:
