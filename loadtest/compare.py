@@ -52,7 +52,8 @@ def compare(options: Namespace) -> int:
         report = kept(report, prefix.with_name(f"{prefix.name}.json"))
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        store = publish_for(scenario, base, Path(scratch)) if modes else Path(scratch)
+        uses_adapters = any(mode.use != "base" for mode in modes)
+        store = publish_for(scenario, base, Path(scratch)) if uses_adapters else Path(scratch) / "store"
         for mode in modes:
             if missing := mode.missing(known):
                 add(report, "left_out", _left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
