@@ -1,5 +1,7 @@
 """The fused layer kernels against their plain torch definitions; on the CPU by Triton's interpreter."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -62,3 +64,38 @@ def test_rope_and_store(
     assert torch.equal(caches[1], copies[1]), "values are copied as they are"
     untouched = [i for i in range(20) if i not in (11, 2, 19)]
     assert torch.equal(caches[0][untouched], copies[0][untouched]), "another slot was written"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 64, 2000])
+def test_real_shapes_in_a_graph(dtype: torch.dtype, rows: int) -> None:
+    """Of Llama-3.1-8B: one capture, replayed with other values, is what the definitions make of those."""
+    hidden, intermediate, heads, kv_heads, d = 4096, 14336, 32, 8, 128
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=DEVICE, generator=generator).to(dtype)
+
+    x, residual, weight, gate_up = draw(rows, hidden), draw(rows, hidden), draw(hidden), draw(rows, 2 * intermediate)
+    qkv, (k_cache, v_cache) = draw(rows, (heads + 2 * kv_heads) * d), (draw(rows, kv_heads, d) for _ in range(2))
+    cos, sin = (t.unsqueeze(1) for t in reference.rope_table(d, rows, 10000.0, None, dtype, torch.device(DEVICE)))
+    slots = torch.randperm(rows, device=DEVICE, generator=generator)
+
+    def run(layer: ModuleType) -> list[torch.Tensor]:
+        total = residual.clone()
+        normed, _ = layer.add_rms_norm(x, total, weight, 1e-5)
+        q = layer.rope_and_store(qkv, None, 1e-5, cos, sin, slots, k_cache, v_cache)
+        return [normed, total, layer.silu_mul(gate_up), q, k_cache.clone(), v_cache.clone()]
+
+    run(triton_layer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(triton_layer)
+    for _ in range(2):
+        for tensor in (x, residual, gate_up, qkv):
+            tensor.copy_(draw(*tensor.shape))
+        graph.replay()
+        results = [tensor.clone() for tensor in captured]
+        assert all(close(got, want, dtype) for got, want in zip(results, run(reference), strict=True))

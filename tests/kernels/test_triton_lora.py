@@ -334,9 +334,19 @@ def test_real_shapes_on_a_gpu(dtype: torch.dtype, name: str, batch: str) -> None
     plan = lora_plan(*product, blocks.num_blocks, blocks.block_tokens, DEVICE)
     x = torch.randn(len(token_owner), product.in_features, generator=generator, device=DEVICE).to(dtype)
     y = torch.randn(len(token_owner), sum(product.widths), generator=generator, device=DEVICE).to(dtype)
-    got = y.clone()
-    lora.lora_add(got, x, pool.a, pool.b, blocks, product.widths, make_scratch(blocks, product, plan))
+    scratch = make_scratch(blocks, product, plan)
+
+    def summed() -> Tensor:
+        got = y.clone()
+        lora.lora_add(got, x, pool.a, pool.b, blocks, product.widths, scratch)
+        return got
+
+    got = summed()
     assert_close(got, y, expected(x, y, pool, token_owner), TOLERANCE[dtype], token_owner)
+    assert torch.equal(summed(), got)
+    if name == "gate_up":
+        gated = lora.lora_silu_mul(y.clone(), x, pool.a, pool.b, blocks, scratch)
+        assert torch.equal(gated, triton_layer.silu_mul(got))
 
 
 @pytest.mark.gpu
