@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
 from server.base.quantization import Quantization
@@ -68,6 +69,27 @@ def test_shards_have_an_index(tmp_path: Path) -> None:
     driver = Driver(tmp_path / "out")
     for each in (None, adapter):
         assert driver.generate(prompt, 8, each) == oracle_tokens(oracle, prompt, 8, each)
+
+
+@pytest.mark.parametrize("block_size", [32, 128])
+def test_other_block_sizes(block_size: int, tmp_path: Path) -> None:
+    """Quantized by us, once and while it is loaded; read by transformers and bitsandbytes."""
+    model = save_base("llama", tmp_path / "base", hidden_size=128, intermediate_size=256, head_dim=32)
+    (tmp_path / "out").mkdir()
+    convert(tmp_path / "base", tmp_path / "out", Quantization("nf4", block_size), CPU)
+    oracle = load_oracle(tmp_path / "out")
+    blocks = {m.weight.quant_state.blocksize for m in oracle.modules() if isinstance(m, Linear4bit)}
+    assert blocks == {block_size}
+    adapter = make_adapter(model, tmp_path / "adapter", 0)
+    stored = Driver(tmp_path / "out", dtype="float32")
+    loaded = Driver(tmp_path / "base", quantization="nf4", quantization_block=block_size)
+    usual = Driver(tmp_path / "base", quantization="nf4")
+    prompt = [3, 14, 15, 92, 65]
+    for each in (None, adapter):
+        want = oracle_tokens(oracle, prompt, 12, each)
+        assert stored.generate(prompt, 12, each) == want
+        assert loaded.generate(prompt, 12, each) == want
+        assert usual.generate(prompt, 12, each) != want, "blocks of 64 would not be told apart"
 
 
 def test_the_copy_is_the_same_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
