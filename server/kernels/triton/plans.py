@@ -98,7 +98,10 @@ _DECODE_BLOCKS_FROM = (2, 0)
 _PREFILL_BLOCKS_FROM = (128, 0)
 
 # Where nothing was measured. Decode reads weights: many programs, each with all its loads in flight. Prefill reads and
-# writes activations: tiles wide enough for the tensor cores, the input read once for all slices.
+# writes activations: tiles wide enough for the tensor cores, the input read once for all slices. The expand's were
+# measured on an H200 and keep 57 to 164 KiB of tiles, which elsewhere does not fit: there 57 at most.
+_HOPPER_EXPANDS = (128, 8, 3), (64, 8, 3)  # columns, warps, stages; the latter with SiLU × up
+_OTHER_EXPANDS = (64, 4, 2), (64, 4, 2)
 _PREFILL_PROGRAMS = 264  # two for each of an H200's 132 multiprocessors
 
 
@@ -139,13 +142,14 @@ def plan_key(in_features: int, widths: Sequence[int], num_blocks: int, block_tok
 def _lora_plan(
     in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int, device: torch.device
 ) -> AnyPlan:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER_CAPABILITY:
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == _HOPPER_CAPABILITY
+    if is_hopper:
         measured = _HOPPER.get(plan_key(in_features, widths, num_blocks, block_tokens))
         if measured is not None:
             return measured
     if block_tokens <= DECODE_BLOCK:
         return _decode_plan(in_features, widths, num_blocks)
-    return _prefill_plan(in_features, widths, num_blocks, block_tokens)
+    return _prefill_plan(in_features, widths, num_blocks, block_tokens, is_hopper)
 
 
 def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> DecodePlan:
@@ -154,14 +158,19 @@ def _decode_plan(in_features: int, widths: tuple[int, ...], num_blocks: int) -> 
     return DecodePlan(block_k, 4, block_n, expand_warps=2 if block_n <= 512 else 4, dot_n=min(256, block_n))
 
 
-def _prefill_plan(in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int) -> LoraPlan:
+def _prefill_plan(
+    in_features: int, widths: tuple[int, ...], num_blocks: int, block_tokens: int, is_hopper: bool
+) -> LoraPlan:
     block_k = min(64, max(16, _power_of_two(in_features)))
     splits = max(1, min(_PREFILL_PROGRAMS // max(1, num_blocks), 8, in_features // (4 * block_k)))
     splits = 1 << (splits.bit_length() - 1)  # few kernels to compile
     warps = 8 if block_tokens >= 128 else 4
     shrink = ShrinkPlan(block_k, 16 * _power_of_two(len(widths)), 1, splits, warps, num_stages=4)
-    widest = _power_of_two(max(widths))
-    return LoraPlan(shrink, ExpandPlan(min(128, widest), 8, 3), ExpandPlan(min(64, widest), 8, 3))
+    expand, gate = (
+        ExpandPlan(min(columns, _power_of_two(max(widths))), warps, stages)
+        for columns, warps, stages in (_HOPPER_EXPANDS if is_hopper else _OTHER_EXPANDS)
+    )
+    return LoraPlan(shrink, expand, gate)
 
 
 def _power_of_two(n: int) -> int:
