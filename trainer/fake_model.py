@@ -9,18 +9,17 @@ from torch import Tensor, nn
 
 from trainer.batches import Batch, Segments
 from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
-from trainer.methods.base import known_attention
+from trainer.methods.base import read_causal_config
 from trainer.settings import Settings
 
 FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}  # bytes a weight, by double quantization
 
 
 def meta_model(path: Path, settings: Settings, dtype: torch.dtype, attention: str) -> Any:
-    """The model that a run would train, without contents."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    """The model that a run would train, without contents. Raises SettingsError for what is none."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    attention = known_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
+    config, attention = read_causal_config(path, attention)
     weights = torch.float32 if settings.method == "full" else dtype
     with torch.device("meta"):
         lm: Any = AutoModelForCausalLM.from_config(config, dtype=weights, attn_implementation=attention)  # type: ignore[no-untyped-call]

@@ -167,13 +167,13 @@ def _add_up(lm: Any, peaks: _Peaks, settings: Settings, optimizer: str, num_shar
     is_forward = forward + gathered[0] >= backward + gathered[1]
     peak = forward if is_forward else backward
     logits = peaks.head if is_forward else 0
-    held = min(gradients // num_shards, peak)
+    held = min(gradients // num_shards, peak - logits)
     return Estimate(
         weights // num_shards,
         adapters // num_shards,
         held,
         states // num_shards,
-        max(peak - logits - held, 0),
+        peak - logits - held,
         logits,
         gathered[0] if is_forward else gathered[1],
     )

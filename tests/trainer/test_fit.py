@@ -215,7 +215,7 @@ def test_a_loaded_base_serves_many_runs_and_is_left_as_it_was(train: Train, base
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_what_is_wrong_is_refused_before_training(train: Train, tmp_path: Path) -> None:
+def test_what_is_wrong_is_refused_before_training(train: Train, base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"'q_prj' is not in the base; known are down_proj, .*v_proj"):
         train(target_modules=("q_prj",))
     with pytest.raises(DataError, match=r"rows.jsonl:\d: is \d+ tokens long; max-length is 12 "):
@@ -228,10 +228,14 @@ def test_what_is_wrong_is_refused_before_training(train: Train, tmp_path: Path) 
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(RunError, match=r"taken: is not empty; resume it with `trainer resume"):
         train(run="taken")
-    (tmp_path / "t5").mkdir()
-    (tmp_path / "t5" / "config.json").write_text('{"model_type": "clip_vision_model"}')
-    with pytest.raises(SettingsError, match="t5: "):
-        train(base=str(tmp_path / "t5"))
+    shutil.copytree(base.path, tmp_path / "other")
+    for kind, words in (
+        ("t5", r"is no causal language model \(model_type t5\)"),
+        ("nosuch", "loads no causal language"),
+    ):
+        (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(SettingsError, match=f"other: .*{words}"):
+            train(base=str(tmp_path / "other"), run=kind)
 
 
 def test_bf16_is_chosen_where_the_processor_has_it(tmp_path: Path) -> None:
