@@ -45,28 +45,29 @@ class Device:
         return 0
 
 
-def empty(*size: int) -> Tensor:
-    return torch.zeros(*size, dtype=torch.bfloat16)
+def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.zeros(*size, dtype=dtype)
 
 
-def low_rank(plans: list[AnyPlan], name: str, block_tokens: int) -> None:
+def low_rank(plan: AnyPlan, name: str, block_tokens: int, max_rank: int, dtype: torch.dtype = torch.bfloat16) -> None:
     features, widths = PRODUCTS[name]
-    for plan in plans:
-        for max_rank in (*EXPAND_ROWS, EXPAND_ROWS[-1] + 16) if block_tokens > 16 else EXPAND_ROWS[:1]:
-            shape = LoraBlocksShape(2, max_rank, 1, block_tokens, max_rank)
-            blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32))
-            a, b = empty(1, len(widths), features), [empty(1, width) for width in widths]
-            scratch = torch.zeros(plan.parts(features) * 2 * len(widths) * max_rank)
-            x, y = empty(2, features), empty(2, sum(widths))
-            lora.lora_add(y, x, a, b, blocks, widths, scratch, plan)
-            if name == "gate_up":
-                lora.lora_silu_mul(y, x, a, b, blocks, scratch, plan)
+    shape = LoraBlocksShape(2, max_rank, 1, block_tokens, max_rank)
+    blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32))
+    a, b = empty(1, len(widths), features, dtype=dtype), [empty(1, width, dtype=dtype) for width in widths]
+    scratch = torch.zeros(plan.parts(features) * 2 * len(widths) * max_rank)
+    x, y = empty(2, features, dtype=dtype), empty(2, sum(widths), dtype=dtype)
+    lora.lora_add(y, x, a, b, blocks, widths, scratch, plan)
+    if name == "gate_up":
+        lora.lora_silu_mul(y, x, a, b, blocks, scratch, plan)
 
 
 def launch_all(is_hopper: bool) -> None:
     for name, (features, widths) in PRODUCTS.items():
-        low_rank([_prefill_plan(features, widths, 128, 64, is_hopper)], name, 64)
-    low_rank([DecodePlan(512, 4, 1024, 4, 128, early=is_hopper)], "gate_up", 16)
+        plan = _prefill_plan(features, widths, 128, 64, is_hopper)
+        for max_rank in (*EXPAND_ROWS, EXPAND_ROWS[-1] + 16):
+            low_rank(plan, name, 64, max_rank)
+        low_rank(plan, name, 64, EXPAND_ROWS[-1], torch.float32)
+    low_rank(DecodePlan(512, 4, 1024, 4, 128, early=is_hopper), "gate_up", 16, 16)
     layer.add_rms_norm(empty(2, 4096), empty(2, 4096), empty(4096), 1e-5)
     layer.silu_mul(empty(2, 2 * 14336))
     for rows in (2, 300):
@@ -78,8 +79,8 @@ def launch_all(is_hopper: bool) -> None:
     argmax_rows(empty(2, 5000))
     tables = DecodeTables(torch.zeros(8, dtype=torch.int32), torch.zeros(4, 8, dtype=torch.int32))
     scratch = DecodeScratch.allocate(2, 4, 32, 8, 128, torch.device("cpu"))
-    plan = AttentionPlan(64, 4, 2, early=is_hopper, prefetch=int(is_hopper))
-    paged_decode(empty(2, 32, 128), empty(64, 8, 128), empty(64, 8, 128), tables, scratch, 16, 0.1, plan)
+    attention = AttentionPlan(64, 4, 2, early=is_hopper, prefetch=int(is_hopper))
+    paged_decode(empty(2, 32, 128), empty(64, 8, 128), empty(64, 8, 128), tables, scratch, 16, 0.1, attention)
 
 
 def compiled(capability: int) -> Iterator[tuple[str, int]]:

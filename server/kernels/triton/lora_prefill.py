@@ -61,7 +61,7 @@ def prefill_shrink(x: Tensor, a: Tensor, blocks: LoraBlocks, scratch: Tensor, pl
 def prefill_expand(y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, scratch: Tensor, plan: LoraPlan) -> None:
     """y += B h, with h the sum of the parts in scratch."""
     num_slices, widths = len(b), [weight.shape[1] for weight in b]
-    tiles = [triton.cdiv(width, plan.expand.block_n) for width in widths]
+    tiles = [triton.cdiv(width, _columns(y, plan.expand)) for width in widths]
     run = plan.expand.tiles_a_program(sum(tiles) * blocks.num_blocks)
     padded = [*widths, *[0] * (MAX_SLICES - num_slices)]
     _expand_kernel[(sum(triton.cdiv(count, run) for count in tiles), blocks.num_blocks)](
@@ -88,7 +88,7 @@ def prefill_silu_mul(y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, scratch
     gate, up = b
     width = gate.shape[1]
     num_blocks = blocks.num_blocks + blocks.base_blocks
-    tiles = triton.cdiv(width, plan.gate.block_n)
+    tiles = triton.cdiv(width, _columns(y, plan.gate))
     run = plan.gate.tiles_a_program(tiles * num_blocks)
     out = torch.empty(len(y), width, dtype=y.dtype, device=y.device)
     _silu_mul_kernel[(triton.cdiv(tiles, run), num_blocks)](
@@ -109,11 +109,16 @@ def prefill_silu_mul(y: Tensor, b: Sequence[Tensor], blocks: LoraBlocks, scratch
     return out
 
 
+def _columns(y: Tensor, plan: ExpandPlan) -> int:
+    """Of a tile: plans are of 16 bits, and tiles of float32 are to have no more bytes."""
+    return max(16, plan.block_n * 2 // y.element_size())
+
+
 def _meta(y: Tensor, blocks: LoraBlocks, plan: ExpandPlan) -> dict[str, int | bool]:
     rows = next((rows for rows in EXPAND_ROWS if blocks.max_rank <= rows), EXPAND_ROWS[-1])
     return {
         "BLOCK_M": max(16, blocks.block_tokens),
-        "BLOCK_N": plan.block_n,
+        "BLOCK_N": _columns(y, plan),
         "BLOCK_R": rows,
         "MORE": blocks.max_rank > rows,
         "STAGES": plan.num_stages,
