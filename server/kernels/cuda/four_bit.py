@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from server.base.weights import HOPPER_COUNTERS, HOPPER_GROUP, fits_hopper
-from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load
-from server.kernels.cuda.plans import Plan, RowsPlan, WarpgroupPlan
+from server.kernels.cuda.module import FLOAT, INT, LONG, POINTER, Kernel, load, tensor_map
+from server.kernels.cuda.plans import TABLE_BYTES, Plan, RowsPlan, WarpgroupPlan
 from server.kernels.reference.four_bit import CODES
 
 GROUP = HOPPER_GROUP
 COUNTERS = HOPPER_COUNTERS  # of blocks of outputs, where several blocks of threads share one
-_TABLE_BYTES = 256 * 32 * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def rows_macros(plan: RowsPlan, dtype: torch.dtype) -> dict[str, int]:
 
 
 def _rows_kernel(plan: RowsPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
-    shared = _TABLE_BYTES + plan.stages * plan.row_tiles * 8 * (2 * GROUP + 16)
+    shared = TABLE_BYTES + plan.stages * plan.row_tiles * 8 * (2 * GROUP + 16)
     return _loaded("four_bit_rows", tuple(rows_macros(plan, dtype).items()), shared, device)
 
 
@@ -116,19 +116,22 @@ def four_bit_rows(x: Tensor, weight: RepackedWeight, plan: RowsPlan) -> Tensor:
 
 def warpgroup_macros(plan: WarpgroupPlan, dtype: torch.dtype) -> dict[str, int]:
     """What the source of `four_bit_warpgroup` is compiled with."""
-    names = {"MW": plan.feature_tiles, "NC": plan.row_chunks, "GROUPS": plan.groups, "KB": plan.columns}
-    more = {"TEMPS": plan.temps, "RESIDENT": plan.resident, "SPLITS": plan.splits, "SHARED_OUT": int(plan.shared_out)}
+    names = {"NC": plan.row_chunks, "CHUNK": plan.chunk, "GROUPS": plan.groups, "KB": plan.columns}
+    more = {"STAGES": plan.stages, "RESIDENT": plan.resident, "SPLITS": plan.splits, "SHARED_OUT": int(plan.shared_out)}
     return names | more | {"BF16": int(dtype is torch.bfloat16)}
 
 
 def _warpgroup_kernel(plan: WarpgroupPlan, dtype: torch.dtype, device: torch.device) -> Kernel:
-    rows, width = plan.row_chunks * 64, plan.groups * plan.feature_tiles * 64
-    operands, sums = 2 * plan.columns * rows * 128, rows * (width * 4 + 16)
-    shared = _TABLE_BYTES + max(operands, sums if plan.shared_out else sums - _TABLE_BYTES) + 1024
-    return _loaded("four_bit_warpgroup", tuple(warpgroup_macros(plan, dtype).items()), shared, device)
+    return _loaded("four_bit_warpgroup", tuple(warpgroup_macros(plan, dtype).items()), plan.shared_bytes, device)
 
 
-_WARPGROUP_TYPES: Sequence[type] = (*[POINTER] * 7, *[INT] * 3, *[LONG] * 2, FLOAT)
+@lru_cache(maxsize=4096)
+def _map(address: int, shape: tuple[int, int], stride: int, dtype: torch.dtype, rows: int) -> Any:
+    """Of x at `address`: it says where and how large, and nothing of what is there."""
+    return tensor_map(address, shape, stride, (rows, 64), dtype)
+
+
+_WARPGROUP_TYPES: Sequence[type | None] = (None, *[POINTER] * 6, *[INT] * 3, FLOAT)
 
 
 def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -> Tensor:
@@ -138,18 +141,19 @@ def four_bit_warpgroup(x: Tensor, weight: RepackedWeight, plan: WarpgroupPlan) -
     assert plan.splits * plan.columns * 64 <= weight.in_features, f"{plan.splits} parts of {weight.in_features} inputs"
     pairs, scale = _pairs_on(weight.quant_type, x.dtype, x.device)
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
-    width, rows = plan.groups * plan.feature_tiles * 64, plan.row_chunks * 64
-    grid = (-(-n // rows), -(-out // width), plan.splits)
+    grid = (-(-n // plan.rows), -(-out // plan.width), plan.splits)
     if plan.shared_out:
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
         shares = grid[0] * grid[1] * (weight.in_features // 64 // plan.columns)
         grid = (multiprocessors * plan.resident, 1, 1)
         assert shares >= grid[0], "a block without a share would be waited for in vain"
-    partial = torch.empty(grid[0] * rows * width if plan.shared_out else 0, device=x.device)
-    buffers = (weight.codes, weight.absmax, pairs, x, y, partial, weight.arrivals)
-    arguments = (*buffers, n, out // 16, weight.in_features // 64)
+        assert shares * grid[0] < 2**32, "a block's share is counted in 32 bits"
+    partial = torch.empty(grid[0] * plan.rows * plan.width if plan.shared_out else 0, device=x.device)
+    of = _map(x.data_ptr(), (n, weight.in_features), x.stride(0), x.dtype, plan.rows)
+    buffers = (of, weight.codes, weight.absmax, pairs, y, partial, weight.arrivals)
     kernel = _warpgroup_kernel(plan, x.dtype, x.device)
-    kernel.launch(grid, plan.groups * 128, (*arguments, x.stride(0), out, scale), _WARPGROUP_TYPES, plan.early)
+    arguments = (*buffers, n, out // 16, weight.in_features // 64, scale)
+    kernel.launch(grid, plan.groups * 128, arguments, _WARPGROUP_TYPES, plan.early)
     return y
 
 
@@ -161,7 +165,7 @@ def _exact_pairs_on(quant_type: str, device: torch.device) -> Tensor:
 
 
 def _dense_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
-    shared = _TABLE_BYTES + 8 * 16 * (128 + 16)
+    shared = TABLE_BYTES + 8 * 16 * (128 + 16)
     return _loaded("four_bit_dense", (("BF16", int(dtype is torch.bfloat16)),), shared, device)
 
 

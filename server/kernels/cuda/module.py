@@ -82,9 +82,10 @@ def load(source: str, name: str, macros: Mapping[str, int], shared_bytes: int, d
     return Kernel(function, shared_bytes)
 
 
-def tensor_map(address: int, shape: tuple[int, int], box: tuple[int, int], dtype: torch.dtype) -> Any:
-    """Of a contiguous matrix of 16-bit numbers, for bulk copies of a box of it; a row of the box has 128 bytes, and its
-    16-byte pieces lie in shared memory as the tensor cores want them. Past the matrix, zeros are copied."""
+def tensor_map(address: int, shape: tuple[int, int], stride: int, box: tuple[int, int], dtype: torch.dtype) -> Any:
+    """Of a matrix of 16-bit numbers, rows `stride` of them apart, for bulk copies of a box of it; a row of the box has
+    128 bytes, and its 16-byte pieces lie in shared memory as the tensor cores want them. Past the matrix, zeros are
+    copied."""
     driver = _bindings("driver")
     kinds = driver.CUtensorMapDataType
     bfloat16, float16 = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
@@ -94,7 +95,7 @@ def tensor_map(address: int, shape: tuple[int, int], box: tuple[int, int], dtype
             2,
             address,
             [driver.cuuint64_t(size) for size in reversed(shape)],
-            [driver.cuuint64_t(shape[1] * 2)],
+            [driver.cuuint64_t(stride * 2)],
             [driver.cuuint32_t(size) for size in reversed(box)],
             [driver.cuuint32_t(1)] * 2,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 MULTIPROCESSORS = 132  # of a Hopper GPU
+TABLE_BYTES = 256 * 32 * 4  # what each byte of codes decodes to, a copy for each bank of shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +24,37 @@ class RowsPlan:
 
 @dataclass(frozen=True, slots=True)
 class WarpgroupPlan:
-    """A block of threads takes `row_chunks` x 64 rows of x and `groups` x `feature_tiles` x 64 output features, over
-    one of `splits` (1, 2, 4 or 8) parts of the input features, of which `columns` (2 or 4) x 64 at a time are in
-    shared memory. A warpgroup has `temps` (1 or 2) chunks of products under way, `resident` blocks share a
-    multiprocessor. `shared_out`: as many blocks as fit at once share all tiles out evenly (stream-K), `splits` is 1."""
+    """A block of threads takes `row_chunks` x `chunk` (64 or 128) rows of x and `groups` x 64 output features, over one
+    of `splits` (1, 2, 4 or 8) parts of the input features, in steps of `columns` (2 or 4) x 64. `stages` x 64 inputs of
+    x are in shared memory or on their way, `resident` blocks share a multiprocessor. `early`: programmatic dependent
+    launch. `shared_out`: as many blocks as fit at once share all tiles out evenly (stream-K), `splits` is 1."""
 
-    feature_tiles: int
     row_chunks: int
+    chunk: int
     groups: int
     columns: int
-    temps: int
+    stages: int
     resident: int
     splits: int
-    early: bool = False
+    early: bool = True
     shared_out: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows of x that a block of threads takes."""
+        return self.row_chunks * self.chunk
+
+    @property
+    def width(self) -> int:
+        """Output features that it takes."""
+        return self.groups * 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: the table, x, codes and absmax of two steps, or sums of parts; and two barriers a stage."""
+        operands = TABLE_BYTES + self.stages * self.rows * 128 + 2 * self.columns * self.groups * 128 * 24
+        sums = self.rows * (self.width * 4 + 16) if self.splits > 1 else 0
+        return max(operands, sums) + self.stages * 16
 
 
 Plan = RowsPlan | WarpgroupPlan
@@ -44,8 +62,8 @@ Plan = RowsPlan | WarpgroupPlan
 ROW_STEPS = (8, 16, 32, 64, 128, 256, 384)  # up to so many rows share a plan; beyond, dequantizing first is faster
 
 
-def _shared_out(row_chunks: int, groups: int, columns: int, temps: int, resident: int) -> WarpgroupPlan:
-    return WarpgroupPlan(1, row_chunks, groups, columns, temps, resident, splits=1, early=True, shared_out=True)
+def _shared_out(row_chunks: int, chunk: int, groups: int, columns: int, stages: int) -> WarpgroupPlan:
+    return WarpgroupPlan(row_chunks, chunk, groups, columns, stages, resident=1, splits=1, shared_out=True)
 
 
 # Measured on an H200 (benchmarks/results/h200-four-bit.jsonl): (out, in) → a plan for each of ROW_STEPS.
@@ -53,52 +71,51 @@ _MEASURED: dict[tuple[int, int], tuple[Plan | None, ...]] = {
     (6144, 4096): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=8, depth=1, stages=3, resident=3, splits=8, early=True),
         RowsPlan(row_tiles=2, feature_tiles=1, warps=8, depth=1, stages=3, resident=3, splits=8, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=4, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=4, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=2, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=2, early=True),
-        _shared_out(row_chunks=2, groups=2, columns=4, temps=2, resident=1),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=2, columns=2, stages=6, resident=2, splits=4),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=2, columns=2, stages=6, resident=2, splits=4),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=3, columns=4, stages=8, resident=1, splits=2),
+        WarpgroupPlan(row_chunks=2, chunk=64, groups=3, columns=4, stages=6, resident=1, splits=2),
+        _shared_out(row_chunks=2, chunk=64, groups=3, columns=2, stages=8),
     ),
     (4096, 4096): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=1, stages=3, resident=4, splits=8, early=True),
         RowsPlan(row_tiles=2, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=4, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=3, columns=4, temps=1, resident=1, splits=4, early=True),
-        _shared_out(row_chunks=1, groups=3, columns=4, temps=1, resident=1),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=2, columns=2, temps=2, resident=1, splits=2, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=3, columns=2, temps=1, resident=1, splits=2, early=True),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=3, columns=4, stages=8, resident=1, splits=4),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=3, columns=4, stages=8, resident=1, splits=4),
+        _shared_out(row_chunks=1, chunk=64, groups=3, columns=4, stages=8),
+        WarpgroupPlan(row_chunks=1, chunk=128, groups=2, columns=2, stages=8, resident=1, splits=2),
+        _shared_out(row_chunks=2, chunk=64, groups=3, columns=4, stages=6),
     ),
     (28672, 4096): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=1, stages=3, resident=4, splits=2, early=True),
         RowsPlan(row_tiles=2, feature_tiles=2, warps=8, depth=1, stages=3, resident=1, splits=1, early=True),
-        WarpgroupPlan(feature_tiles=1, row_chunks=1, groups=2, columns=2, temps=1, resident=2, splits=1, early=True),
-        _shared_out(row_chunks=1, groups=2, columns=2, temps=1, resident=2),
-        _shared_out(row_chunks=2, groups=3, columns=4, temps=1, resident=1),
-        _shared_out(row_chunks=4, groups=2, columns=2, temps=2, resident=1),
-        _shared_out(row_chunks=2, groups=3, columns=4, temps=1, resident=1),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=2, columns=2, stages=6, resident=2, splits=1),
+        WarpgroupPlan(row_chunks=1, chunk=64, groups=2, columns=2, stages=6, resident=2, splits=1),
+        _shared_out(row_chunks=2, chunk=64, groups=3, columns=4, stages=6),
+        _shared_out(row_chunks=2, chunk=128, groups=2, columns=2, stages=4),
+        _shared_out(row_chunks=2, chunk=64, groups=3, columns=2, stages=8),
     ),
     (4096, 14336): (
         RowsPlan(row_tiles=1, feature_tiles=1, warps=4, depth=2, stages=3, resident=4, splits=8, early=True),
         RowsPlan(row_tiles=2, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
         RowsPlan(row_tiles=4, feature_tiles=1, warps=8, depth=1, stages=3, resident=2, splits=8, early=True),
-        _shared_out(row_chunks=1, groups=2, columns=4, temps=1, resident=1),
-        _shared_out(row_chunks=2, groups=2, columns=4, temps=2, resident=1),
-        WarpgroupPlan(feature_tiles=1, row_chunks=2, groups=2, columns=2, temps=2, resident=1, splits=2, early=True),
-        _shared_out(row_chunks=2, groups=3, columns=4, temps=1, resident=1),
+        _shared_out(row_chunks=1, chunk=64, groups=3, columns=4, stages=8),
+        _shared_out(row_chunks=1, chunk=128, groups=2, columns=2, stages=8),
+        WarpgroupPlan(row_chunks=1, chunk=128, groups=2, columns=2, stages=8, resident=1, splits=2),
+        _shared_out(row_chunks=2, chunk=64, groups=3, columns=4, stages=6),
     ),
 }
 
-# Rows up to these → what other shapes choose from, given parts. At the measured shapes the choice takes as long as
-# the table's plan, but for qkv at 65 to 128 rows (13 % longer) and down at 17 to 32 (16 %).
+# Rows up to these → what other shapes choose from, given parts.
 _WARPGROUPS: tuple[tuple[int, tuple[WarpgroupPlan, ...]], ...] = (
-    (64, (WarpgroupPlan(1, 1, 2, 2, 1, 2, 1, True), WarpgroupPlan(1, 1, 3, 4, 1, 1, 1, True))),
-    (128, (WarpgroupPlan(1, 2, 2, 2, 2, 1, 1, True), WarpgroupPlan(1, 2, 3, 2, 1, 1, 1, True))),
+    (64, (WarpgroupPlan(1, 64, 2, 2, 6, 2, 1), WarpgroupPlan(1, 64, 3, 4, 8, 1, 1))),
+    (128, (WarpgroupPlan(1, 128, 2, 2, 8, 1, 1), WarpgroupPlan(2, 64, 3, 2, 8, 1, 1))),
     (
         256,
         (
-            WarpgroupPlan(1, 4, 2, 2, 2, 1, 1, True),
-            WarpgroupPlan(1, 2, 2, 2, 2, 1, 1, True),
-            WarpgroupPlan(1, 2, 3, 2, 1, 1, 1, True),
+            WarpgroupPlan(2, 128, 2, 2, 4, 1, 1),
+            WarpgroupPlan(1, 128, 2, 2, 8, 1, 1),
+            WarpgroupPlan(2, 64, 3, 2, 8, 1, 1),
         ),
     ),
 )
@@ -134,7 +151,7 @@ def _few_rows(rows: int, out_features: int, in_features: int) -> RowsPlan:
 
 def _blocks(plan: WarpgroupPlan, rows: int, out_features: int) -> int:
     """Blocks of outputs, each of `splits` blocks of threads."""
-    return -(-out_features // (plan.groups * plan.feature_tiles * 64)) * -(-rows // (plan.row_chunks * 64))
+    return -(-out_features // plan.width) * -(-rows // plan.rows)
 
 
 def _with_parts(plan: WarpgroupPlan, rows: int, out_features: int, in_features: int) -> WarpgroupPlan:

@@ -26,10 +26,6 @@
 static_assert(BM <= 256 && ROWS % SPLITS == 0, "a bulk copy takes 256 features at most; parts share the rows");
 static_assert(ROWS * SUM_STRIDE <= OPERANDS, "sums take the room of operands");
 
-struct __align__(64) TensorMap {
-    u64 opaque[16];
-};
-
 // d [64 features, ROWS] = a [64, 16] b [16, ROWS], plus d if `add`
 __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 a, u64 b, int add) {
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "
@@ -42,11 +38,6 @@ __device__ __forceinline__ void multiply(float (&d)[SUMS], u64 a, u64 b, int add
                    "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),
                    "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
                  : "l"(a), "l"(b), "r"(add));
-}
-
-__device__ __forceinline__ void wait_for(u32 barrier, u32 phase) {
-    asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @!p bra again; }"
-                 ::"r"(barrier), "r"(phase) : "memory");
 }
 
 // Grid: (tiles of BM features, tiles of ROWS rows, SPLITS).
@@ -109,7 +100,7 @@ skinny(const __grid_constant__ TensorMap map, const u16* __restrict__ x, u16* __
     int stage = 0;
     u32 phase = 0;
     for (int step = 0; step < count; step++) {
-        wait_for(full + stage * 8, phase);
+        wait_phase(full + stage * 8, phase);
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         wait_products<0>();

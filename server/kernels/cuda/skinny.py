@@ -25,7 +25,7 @@ def _kernel(plan: SkinnyPlan, dtype: torch.dtype, device: torch.device) -> Kerne
 @cache
 def _map(address: int, shape: tuple[int, int], dtype: torch.dtype, width: int) -> Any:
     """Of a weight [out, in] at `address`: it says where and how large, and nothing of what is there."""
-    return tensor_map(address, shape, (width, 64), dtype)
+    return tensor_map(address, shape, shape[1], (width, 64), dtype)
 
 
 _TYPES: Sequence[type | None] = (None, POINTER, POINTER, INT, INT, INT, LONG, LONG)
