@@ -5,7 +5,7 @@ script that times TRL beside it.
 
 No tokenizer and no data are needed: rows are token ids. A model's directory with nothing but a config.json gets random
 weights, made on the device. Prints one JSON line: milliseconds a step, tokens a second, peak GiB (on a GPU torch's,
-else the process's).
+else the process's), and what `trainer estimate` says of it.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from trainer.fused import fuse_where_it_pays
 from trainer.groups import Alone
 from trainer.loop import Evaluation, Loop, Progress, Step
 from trainer.loss import CausalLoss
-from trainer.memory import checkpoint_layers
+from trainer.memory import checkpoint_layers, estimate
 from trainer.methods import METHODS
 from trainer.methods.adapter import add_adapter, choose_targets, linear_layers
 from trainer.settings import Settings
@@ -133,7 +133,17 @@ def main() -> None:
         "peak_gib": round(peak / 2**30, 1),
         "loss": round(clock.losses[-1], 4),
     }
-    print(json.dumps(outcome | clock.profiled), flush=True)
+    expected = estimate(
+        options.model,
+        settings,
+        rows=options.batch,
+        length=options.length,
+        learned=options.batch * (options.length - 1),
+        dtype=dtype,
+        device=device,
+        checkpointing=options.checkpointing,
+    )
+    print(json.dumps(outcome | {"estimate_gib": round(expected.total / 2**30, 1)} | clock.profiled), flush=True)
 
 
 if __name__ == "__main__":
