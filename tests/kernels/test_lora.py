@@ -1,16 +1,22 @@
 """The low-rank term of a mixed batch against an adapter-by-adapter float64 loop, over the parity grid."""
 
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from server.base.spec import ModelSpec
-from server.kernels.cpu.lora import BlockTables, lora_add
+from server.kernels.cpu.lora import BlockTables, compiled, lora_add
 from server.kernels.lora_blocks import LoraBlocksShape
 from server.kernels.lora_rows import LoraRows
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
+from server.lora.cpu_batch import build_cpu_lora_batch
 from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import PackedAdapter, linear_groups
 
@@ -27,6 +33,7 @@ SPEC = ModelSpec.from_config(
     }
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+ROOT = Path(__file__).parents[2]
 POPULARITY = ("distinct", "uniform", "zipf", "identical", "some base")
 
 
@@ -183,6 +190,75 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch() -> None:
         if span.rows is not None:
             added(build_lora_batch(pool, [span], [])).add(alone, x[i : i + 1], "qkv", 0)
         assert torch.equal(together[i], alone[0]), i
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("lengths", [(1,) * 9, (1, 1, 30, 1, 7), (64,)], ids=str)
+def test_threads_change_no_bit(set_threads: Callable[[int], None], lengths: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(6)
+    pool = AdapterPool(SPEC, 1 << 20, torch.float32, torch.device("cpu"))
+    owners = [None, *(allocate(pool, rank) for rank in (9, 15, 12))]
+    for rows in owners[1:]:
+        pool.write(rows, random_adapter(sum(stop - start for start, stop in rows), torch.float32, generator))
+    spans = [TokenSpan(length, owners[-1 - i % len(owners)]) for i, length in enumerate(lengths)]
+    x, y = torch.randn(sum(lengths), 32, generator=generator), torch.randn(sum(lengths), 64, generator=generator)
+    results, teams = [], []
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        batch = build_cpu_lora_batch(pool, spans)
+        assert batch.tables is not None
+        assert not batch.segments
+        teams.append(batch.tables.num_threads)
+        results.append(y.clone())
+        batch.add(results[-1], x, "qkv", 0)
+    assert teams == [1, 2, 3, 5]
+    assert not torch.equal(results[0], y)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+FEWER = """
+import torch
+from tests.kernels.test_lora import random_adapter, SPEC
+from server.lora.batch import TokenSpan
+from server.lora.cpu_batch import build_cpu_lora_batch
+from server.lora.pool import AdapterPool
+pool = AdapterPool(SPEC, 1 << 18, torch.float32, torch.device("cpu"))
+rows = pool.allocate(9)
+pool.write(rows, random_adapter(9, torch.float32, torch.Generator().manual_seed(0)))
+x, results = torch.randn(20, 32), []
+for count in (4, 1):
+    torch.set_num_threads(count)
+    batch = build_cpu_lora_batch(pool, [TokenSpan(20, rows)])
+    assert batch.tables.num_threads == count
+    results.append(torch.zeros(20, 64))
+    batch.add(results[-1], x, "qkv", 0)
+assert (results[0] != 0).any(dim=1).all() and torch.equal(*results)
+"""
+
+
+def test_fewer_threads_than_were_asked_for_do_all_of_it() -> None:
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2"}
+    subprocess.run([sys.executable, "-c", FEWER], check=True, env=environment, cwd=ROOT, timeout=120)
+
+
+def test_where_no_cache_can_be_written_the_kernel_is_compiled_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "server.kernels")
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=1, max_rank=1)
+    tables = BlockTables.of(shape.view(torch.tensor([0, 1, 0, 1, 0, 0, 1], dtype=torch.int32)))
+    rows, y = LoraRows.of(torch.full((1, 1, 1), 2.0), [torch.full((1, 1), 3.0)]), torch.ones(1, 1)
+    monkeypatch.setattr("server.kernels.cpu.lora.compiled", compiled.__wrapped__)
+    lora_add(y, torch.ones(1, 1), rows, tables)
+    assert y.item() == 7.0
+    assert "is compiled at each start" in caplog.text
 
 
 def added(batch: LowRankTerm | None) -> LowRankTerm:

@@ -9,15 +9,16 @@ A token's result depends on nothing else in the batch, to the last bit.
 
 import logging
 from collections.abc import Callable
-from ctypes import CFUNCTYPE, Array, c_int64, c_void_p
+from ctypes import CDLL, CFUNCTYPE, Array, addressof, c_int64, c_void_p, cast
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -30,18 +31,26 @@ log = logging.getLogger(__name__)
 _ELEMENTS = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float32: types.float32}
 
 
+# Tokens × rank of a step from which on a second thread is worth being woken.
+_PARALLEL_SIZE = 64
+
+
 @dataclass(frozen=True, slots=True)
 class BlockTables:
-    """A step's blocks, as the kernel takes them."""
+    """A step's blocks, as the kernel takes them, and how many threads it uses."""
 
     blocks: LoraBlocks
-    description: "Array[c_int64]"  # how many blocks, and the addresses of the tables
+    num_threads: int
+    description: "Array[c_int64]"  # how many blocks and tokens, and the addresses of the tables
 
     @classmethod
     def of(cls, blocks: LoraBlocks) -> "BlockTables":
         tables = (blocks.start, blocks.length, blocks.first_row, blocks.rank, blocks.token_index, blocks.row_index)
-        words = [blocks.num_blocks, *(table.data_ptr() for table in tables)]
-        return cls(blocks, (c_int64 * len(words))(*words))
+        length, rank = blocks.length[: blocks.num_blocks], blocks.rank[: blocks.num_blocks]
+        words = [blocks.num_blocks, int(length.sum()), *(table.data_ptr() for table in tables)]
+        is_large = int((length * rank).sum()) >= _PARALLEL_SIZE
+        num_threads = torch.get_num_threads() if is_large and _openmp() is not None else 1
+        return cls(blocks, num_threads, (c_int64 * len(words))(*words))
 
 
 def lora_add(y: Tensor, x: Tensor, rows: LoraRows, tables: BlockTables) -> None:
@@ -53,31 +62,73 @@ def lora_add(y: Tensor, x: Tensor, rows: LoraRows, tables: BlockTables) -> None:
     for tensor in (y, x):
         assert tensor.is_contiguous(), f"{tuple(tensor.shape)} with strides {tensor.stride()}"
         assert tensor.dtype == rows.a.dtype, f"{tensor.dtype} for rows of {rows.a.dtype}"
-    compiled(y.dtype)(y.data_ptr(), x.data_ptr(), rows.description, tables.description)
+    sizes = rows.description[2], rows.description[3]
+    assert (x.shape[1], y.shape[1]) == sizes, f"{tuple(x.shape)} → {tuple(y.shape)} for rows of {sizes}"
+    member = compiled(y.dtype)
+    addresses = y.data_ptr(), x.data_ptr(), addressof(rows.description), addressof(tables.description)
+    if tables.num_threads == 1:
+        member((c_int64 * 6)(*addresses, 0, 0))
+    else:
+        openmp = _openmp()
+        assert openmp is not None, "threads without OpenMP"
+        task = (c_int64 * 6)(*addresses, openmp.num_threads, openmp.thread_num)
+        openmp.parallel(member, task, tables.num_threads, 0)
 
 
 @cache
 def compiled(dtype: torch.dtype) -> Callable[..., None]:
-    """`_lora_add` for tensors of a dtype. Compiling takes a second or two, once: the machine code is kept beside this
+    """`_member` for tensors of a dtype. Compiling takes a second or two, once: the machine code is kept beside this
     file or, where that cannot be written, in the user's cache directory."""
-    pointer = types.CPointer
-    signature = types.void(*[pointer(_ELEMENTS[dtype])] * 2, *[pointer(types.int64)] * 2)
+    signature = types.void(types.CPointer(_ELEMENTS[dtype]))
     try:
-        function = cfunc(signature, cache=True)(_lora_add)
+        function = cfunc(signature, cache=True)(_member)
     except RuntimeError as error:  # no directory for it
         log.info("the low-rank kernel is compiled at each start: %s", error)
-        function = cfunc(signature)(_lora_add)
-    call: Any = CFUNCTYPE(None, *[c_void_p] * 4)(function.address)
+        function = cfunc(signature)(_member)
+    call: Any = CFUNCTYPE(None, c_void_p)(function.address)
     call.compiled = function  # owns the machine code
     return call  # type: ignore[no-any-return]
 
 
+class _OpenMP(NamedTuple):
+    parallel: Callable[
+        ..., None
+    ]  # GOMP_parallel(function, its argument, threads, flags): the ABI of libgomp and libomp
+    num_threads: int  # addresses of the functions that tell it in a team, and which of its members one is
+    thread_num: int
+
+
+@cache
+def _openmp() -> _OpenMP | None:
+    """torch's own, whose threads are there already; None where torch has another kind of threads."""
+    library = CDLL(torch._C.__file__)
+    names = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+    if not all(hasattr(library, name) for name in names):
+        return None
+    parallel, *asked = (getattr(library, name) for name in names)
+    parallel.restype = None
+    num_threads, thread_num = (cast(function, c_void_p).value or 0 for function in asked)
+    return _OpenMP(parallel, num_threads, thread_num)
+
+
 @intrinsic
-def _pointer(typing, address, element):
-    """An address as a pointer to elements of a type."""
+def _call(typing, address):
+    """What the function at an address says, which takes nothing."""
 
     def emit(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+        function = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        return builder.call(builder.inttoptr(arguments[0], function), [])
+
+    return types.int32(address), emit
+
+
+@intrinsic
+def _pointer(typing, address, element):
+    """An address, or another pointer, as a pointer to elements of a type."""
+
+    def emit(context, builder, signature, arguments):
+        turn = builder.bitcast if isinstance(address, types.CPointer) else builder.inttoptr
+        return turn(arguments[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(element.dtype)(address, element), emit
 
@@ -117,6 +168,31 @@ def _store(typing, pointer, index, value):
         return context.get_dummy_value()
 
     return types.void(pointer, types.intp, types.float32), emit
+
+
+@intrinsic
+def _prefetch(typing, pointer, index):
+    """Ask for the cache lines of pointer[index : index + 32]."""
+
+    def emit(context, builder, signature, arguments):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        for line in range(0, 32, 64 * 8 // pointer.dtype.bitwidth):
+            place = builder.add(arguments[1], arguments[1].type(line))
+            address = builder.bitcast(builder.gep(arguments[0], [place]), byte)
+            builder.call(function, [address, word(0), word(3), word(1)])  # to read, into every cache, data
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.intp), emit
+
+
+@njit
+def _prefetch_rows(pointer, rows, size):
+    """The hardware's own prefetching ends with each page of 4 KiB, which is one or two rows."""
+    for row in rows:
+        for j in range(0, size, 32):
+            _prefetch(pointer, row * size + j)
 
 
 @njit(fastmath={"reassoc", "contract", "nsz"})
@@ -166,13 +242,15 @@ def _expand(y, first, b, rows, h, total):
         _store(y, first + j, total[j])
 
 
-def _lora_add(y, x, product, tables):
+@njit
+def _lora_add(y, x, product, tables, first_place, end):
+    """Of the places in token_index, those from first_place to end."""
     num_slices, num_inputs, num_outputs = product[1], product[2], product[3]
     a = _pointer(product[0], y)
     num_blocks = tables[0]
-    start, length = _pointer(tables[1], types.int32), _pointer(tables[2], types.int32)
-    first_row, rank = _pointer(tables[3], types.int32), _pointer(tables[4], types.int32)
-    token_index, row_index = _pointer(tables[5], types.int32), _pointer(tables[6], types.int32)
+    start, length = _pointer(tables[2], types.int32), _pointer(tables[3], types.int32)
+    first_row, rank = _pointer(tables[4], types.int32), _pointer(tables[5], types.int32)
+    token_index, row_index = _pointer(tables[6], types.int32), _pointer(tables[7], types.int32)
     max_rank = 0
     for block in range(num_blocks):
         max_rank = max(max_rank, rank[block])
@@ -184,7 +262,12 @@ def _lora_add(y, x, product, tables):
         block_rank = rank[block]
         for i in range(block_rank):
             rows[i] = row_index[first_row[block] + i]
-        for place in range(start[block], start[block] + length[block]):
+        places = range(max(first_place, start[block]), min(end, start[block] + length[block]))
+        if len(places) > 0:
+            _prefetch_rows(a, rows[:block_rank], num_slices * num_inputs)
+            for s in range(num_slices):
+                _prefetch_rows(_pointer(product[4 + s], y), rows[:block_rank], product[4 + num_slices + s])
+        for place in places:
             token = np.intp(token_index[place])
             for j in range(num_inputs):
                 wide[j] = _load(x, token * num_inputs + j)
@@ -195,3 +278,17 @@ def _lora_add(y, x, product, tables):
                 of_slice = h[s * block_rank : (s + 1) * block_rank]
                 _expand(y, first, _pointer(product[4 + s], y), rows[:block_rank], of_slice, total[:width])
                 first += width
+
+
+def _member(task):
+    """One of a team of threads, each of which takes a share of the tokens. `task` is six words: the addresses of y, x,
+    a LoraRows' and a BlockTables' description, and of the functions that tell how many threads there are, which may be
+    fewer than were asked for, and which of them this is; 0 for one alone."""
+    words = _pointer(task, types.int64)
+    team, number = np.int64(1), np.int64(0)
+    if words[4] != 0:
+        team, number = np.int64(_call(words[4])), np.int64(_call(words[5]))
+    y, x = _pointer(words[0], task), _pointer(words[1], task)
+    product, tables = _pointer(words[2], types.int64), _pointer(words[3], types.int64)
+    num_tokens = tables[1]
+    _lora_add(y, x, product, tables, num_tokens * number // team, num_tokens * (number + 1) // team)
