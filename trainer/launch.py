@@ -39,6 +39,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # a machine's own name need not resolve
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
         shutdown_timeout=GRACE,
