@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -170,31 +169,6 @@ def _store(typing, pointer, index, value):
     return types.void(pointer, types.intp, types.float32), emit
 
 
-@intrinsic
-def _prefetch(typing, pointer, index):
-    """Ask for the cache lines of pointer[index : index + 32]."""
-
-    def emit(context, builder, signature, arguments):
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        for line in range(0, 32, 64 * 8 // pointer.dtype.bitwidth):
-            place = builder.add(arguments[1], arguments[1].type(line))
-            address = builder.bitcast(builder.gep(arguments[0], [place]), byte)
-            builder.call(function, [address, word(0), word(3), word(1)])  # to read, into every cache, data
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.intp), emit
-
-
-@njit
-def _prefetch_rows(pointer, rows, size):
-    """The hardware's own prefetching ends with each page of 4 KiB, which is one or two rows."""
-    for row in rows:
-        for j in range(0, size, 32):
-            _prefetch(pointer, row * size + j)
-
-
 @njit(fastmath={"reassoc", "contract", "nsz"})
 def _dot(x, a, first, count):
     total = np.float32(0)
@@ -262,12 +236,7 @@ def _lora_add(y, x, product, tables, first_place, end):
         block_rank = rank[block]
         for i in range(block_rank):
             rows[i] = row_index[first_row[block] + i]
-        places = range(max(first_place, start[block]), min(end, start[block] + length[block]))
-        if len(places) > 0:
-            _prefetch_rows(a, rows[:block_rank], num_slices * num_inputs)
-            for s in range(num_slices):
-                _prefetch_rows(_pointer(product[4 + s], y), rows[:block_rank], product[4 + num_slices + s])
-        for place in places:
+        for place in range(max(first_place, start[block]), min(end, start[block] + length[block])):
             token = np.intp(token_index[place])
             for j in range(num_inputs):
                 wide[j] = _load(x, token * num_inputs + j)
