@@ -143,6 +143,7 @@ def build_engine(
     elif pool.num_rows:
         from server.lora.cpu_batch import warm_up as warm_up_low_rank
 
+        progress("compiling or loading the low-rank kernel")
         warm_up_low_rank(pool)
     runner = Runner(
         model=model,
