@@ -1,7 +1,8 @@
 """Methods against each other on one base, one data set and one test: trained, served, asked, and put in one table.
 
 Every run is a process of its own, so that its peak memory is its own; what it learned is scored by the server's forward
-pass. A run that is there already is not trained or asked again, so a comparison that was stopped goes on.
+pass on the base that it was trained on: qlora's in 4 bits, and beside it in 16. A run that is there already is not
+trained or asked again, so a comparison that was stopped goes on.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from server.base.quantization import Quantization
 from server.base.resolve import BaseModel, resolve_base
 from trainer.devices import choose_device
 from trainer.errors import TrainingError
@@ -56,7 +58,8 @@ class Score:
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One run. `seconds` is the training loop's, `peak_bytes` the process's (on a GPU torch's), `trained_share` what
-    of all the model's parameters was trained."""
+    of all the model's parameters was trained. `score` is on the base that it was trained on, `score_16bit` on the one
+    in 16 bits where that is another."""
 
     method: str
     seed: int
@@ -65,6 +68,7 @@ class Trial:
     tokens_per_second: float
     peak_bytes: int
     trained_share: float
+    score_16bit: Score | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +113,14 @@ def compare(plan: Plan, directory: Path, note: Note) -> Iterator[Comparison]:
         name = _name(method, seed)
         _train(plan, method, seed, directory / name, note)  # while it runs, nothing else takes its memory
         run = RunDirectory.open(directory / name)
-        score = scores.get(name, partial(_score_run, run, base, device, questions))
+        ask = partial(_score_run, run, base, device, questions)
+        score = scores.get(name, ask)
+        trial = _trial(run, base, score)
+        if (trained := _quantization(run.settings())) is not None:
+            score = scores.get(f"{name} on {trained.quant_type}", partial(ask, trained))
+            trial = replace(trial, score=score, score_16bit=trial.score)
         note(f"{method}, seed {seed}: {score.exact_match:.1%}")
-        trials.append(_trial(run, base, score))
+        trials.append(trial)
         yield Comparison(bare, tuple(trials))
 
 
@@ -181,14 +190,33 @@ def _trial(run: RunDirectory, base: BaseModel, score: Score) -> Trial:
     )
 
 
-def _score_run(run: RunDirectory, base: BaseModel, device: torch.device, questions: Questions) -> Score:
+def _quantization(settings: Settings) -> Quantization | None:
+    """Of the base that a run with these was trained on."""
+    if settings.base_quantization is None:
+        return None
+    return Quantization(settings.base_quantization, double=settings.double_quantization)
+
+
+def _score_run(
+    run: RunDirectory,
+    base: BaseModel,
+    device: torch.device,
+    questions: Questions,
+    quantization: Quantization | None = None,
+) -> Score:
     if run.settings().method == "full":
         return _score(resolve_base(str(run.model)), device, None, questions)
-    return _score(base, device, run.adapter, questions)
+    return _score(base, device, run.adapter, questions, quantization)
 
 
-def _score(base: BaseModel, device: torch.device, adapter: Path | None, questions: Questions) -> Score:
-    served = ServedBase(base.path, base.spec, device)
+def _score(
+    base: BaseModel,
+    device: torch.device,
+    adapter: Path | None,
+    questions: Questions,
+    quantization: Quantization | None = None,
+) -> Score:
+    served = ServedBase(base.path, base.spec, device, quantization)
     loaded = None if adapter is None else served.load_adapter(adapter)
     found = evaluate(served, loaded, questions.rows, questions.decoder, questions.end_ids)
     assert found.exact_match is not None, "the answers were asked for"
@@ -229,19 +257,19 @@ def as_markdown(comparison: Comparison) -> str:
         ["base", f"{comparison.base.exact_match:.1%}", f"{comparison.base.loss:.4f}", "", "", "", ""],
     ]
     for method in comparison.methods:
-        scores = [trial.score.exact_match for trial in comparison.of(method)]
-        spread = f" ± {statistics.stdev(scores):.1%}" if len(scores) > 1 else ""
+        trials = comparison.of(method)
         rows.append(
             [
                 method,
-                f"{statistics.fmean(scores):.1%}{spread}",
-                f"{comparison.mean(method, lambda trial: trial.score.loss):.4f}",
+                *_score_cells([trial.score for trial in trials]),
                 f"{comparison.mean(method, lambda trial: trial.seconds):.0f}",
                 f"{comparison.mean(method, lambda trial: trial.tokens_per_second):.0f}",
                 f"{comparison.mean(method, lambda trial: trial.peak_bytes) / GIB:.2f} GiB",
                 f"{comparison.mean(method, lambda trial: trial.trained_share):.2%}",
             ]
         )
+        if others := [trial.score_16bit for trial in trials if trial.score_16bit is not None]:
+            rows.append([f"{method}, served in 16 bits", *_score_cells(others), "", "", "", ""])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     seeds = {method: len(comparison.of(method)) for method in comparison.methods}
     said = ", ".join(f"{count} ({method})" for method, count in seeds.items())
@@ -252,6 +280,13 @@ def as_markdown(comparison: Comparison) -> str:
         said = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
         lines.append(f"- {one} / {other}: {said}")
     return "\n".join(lines) + "\n"
+
+
+def _score_cells(scores: Sequence[Score]) -> tuple[str, str]:
+    """Exact match and loss: means, the first ± its standard deviation."""
+    exact = [score.exact_match for score in scores]
+    spread = f" ± {statistics.stdev(exact):.1%}" if len(exact) > 1 else ""
+    return f"{statistics.fmean(exact):.1%}{spread}", f"{statistics.fmean(score.loss for score in scores):.4f}"
 
 
 def _ratios(comparison: Comparison) -> list[tuple[str, str, dict[str, float]]]:

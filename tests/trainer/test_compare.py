@@ -17,7 +17,7 @@ from trainer.run_directory import RunDirectory
 
 def arguments(base: BaseModel, data: Path, test: Path, out: Path) -> list[str]:
     return [
-        "compare", "--methods", "lora,full", "--seeds", "1", "--base", str(base.path), "--data", str(data),
+        "compare", "--methods", "lora,qlora,full", "--seeds", "1", "--base", str(base.path), "--data", str(data),
         "--test", str(test), "--test-rows", "4", "--out", str(out), "--full-lr", "0.005", "--lr", "0.02", "--rank", "4",
         "--epochs", "10", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--json",
     ]  # fmt: skip
@@ -36,12 +36,21 @@ def test_a_comparison_trains_asks_and_writes_one_table(
     assert found == json.loads((out / "comparison.json").read_text())
     assert found["base"]["exact_match"] == 0.0
     trials: dict[str, Any] = {trial["method"]: trial for trial in found["trials"]}
-    assert {name: trial["score"]["exact_match"] for name, trial in trials.items()} == {"lora": 1.0, "full": 1.0}
+    assert {name: trial["score"]["exact_match"] for name, trial in trials.items()} == {
+        "lora": 1.0,
+        "qlora": 1.0,
+        "full": 1.0,
+    }
+    assert {name for name, trial in trials.items() if trial["score_16bit"] is not None} == {"qlora"}
+    in_four_bits, in_sixteen = trials["qlora"]["score"], trials["qlora"]["score_16bit"]
+    assert in_four_bits["loss"] != in_sixteen["loss"]
     assert trials["full"]["trained_share"] == 1.0
     assert 0.02 < trials["lora"]["trained_share"] < 0.2
     assert found["ratios"]["lora/full"]["exact match"] == 1.0
     assert RunDirectory.open(out / "full-0").settings().learning_rate == 0.005
-    assert (out / "comparison.md").read_text().count("| 100.0% |") == 2
+    table = (out / "comparison.md").read_text()
+    assert all(f"| {method} | 100.0% |" in table for method in trials)
+    assert "| qlora, served in 16 bits | " in table
     for picture in ("comparison.png", "losses.png"):
         assert imread(out / picture).shape[:2] == (540, 960)
     before = {path: path.stat().st_mtime_ns for path in (*out.glob("*/metrics.jsonl"), out / "scores.json")}
@@ -68,6 +77,10 @@ def test_the_table_has_means_spreads_and_ratios() -> None:
     assert "| lora | 85.0% ± 7.1% | 0.5000 | 10 | 100 | 2.00 GiB | 1.00% |" in table
     assert "- lora / full: exact match 1.000, peak memory 0.500, tokens/s 1.000" in table
     assert "qlora" not in table
+    told = (*comparison.trials, replace(trial("qlora", 0, 0.9, 1.0), score_16bit=Score(0.7, 0.6)))
+    wider = as_markdown(replace(comparison, trials=told))
+    assert "| qlora | 90.0% | 0.5000 | 10 | 100 | 1.00 GiB | 1.00% |" in wider
+    assert "| qlora, served in 16 bits | 60.0% | 0.7000 |  |  |  |  |" in wider
     assert "Means over 2 seeds" in table
     assert "Means over 2 (lora), 1 (full) seeds" in as_markdown(replace(comparison, trials=comparison.trials[:3]))
 
