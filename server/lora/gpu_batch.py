@@ -27,14 +27,13 @@ class GpuLoraBatch:
     def add(self, y: Tensor, x: Tensor, group: str, layer: int) -> None:
         """y [n, out] += the low-rank term of x [n, in], in place, for one fused product of one layer."""
         pool = self.pool.groups[group]
-        b = [weight[layer] for weight in pool.b]
-        lora_add(y, x, pool.a[layer], b, self.blocks, pool.group.widths, self.scratch)
+        rows = pool.layers[layer]
+        lora_add(y, x, rows.a, rows.b, self.blocks, pool.group.widths, self.scratch)
 
     def silu_mul(self, y: Tensor, x: Tensor, layer: int) -> Tensor:
         """silu(gate) · up [n, i] of y [n, 2·i], those products, with their low-rank terms; y is used up."""
-        pool = self.pool.groups["gate_up"]
-        b = [weight[layer] for weight in pool.b]
-        return lora_silu_mul(y, x, pool.a[layer], b, self.blocks, self.scratch)
+        rows = self.pool.groups["gate_up"].layers[layer]
+        return lora_silu_mul(y, x, rows.a, rows.b, self.blocks, self.scratch)
 
 
 def build_gpu_lora_batch(pool: AdapterPool, spans: Sequence[TokenSpan]) -> GpuLoraBatch | None:
@@ -68,16 +67,16 @@ def warm_up(pool: AdapterPool) -> None:
         in_features, widths = entry.group.in_features, entry.group.widths
         x = torch.zeros(1, in_features, dtype=pool.dtype, device=device)
         y = torch.zeros(1, sum(widths), dtype=pool.dtype, device=device)
+        rows = entry.layers[0]
         for block_tokens in (DECODE_BLOCK, PREFILL_BLOCK):
             for plan in lora_plans(in_features, widths, block_tokens, device):
                 for max_rank in (*EXPAND_ROWS, EXPAND_ROWS[-1] + 16):
                     shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=block_tokens, max_rank=max_rank)
                     blocks = shape.view(torch.zeros(shape.size, dtype=torch.int32, device=device))
                     scratch = torch.empty(plan.parts(in_features) * len(widths) * max_rank, device=device)
-                    b = [weight[0] for weight in entry.b]
-                    lora_add(y, x, entry.a[0], b, blocks, widths, scratch, plan)
+                    lora_add(y, x, rows.a, rows.b, blocks, widths, scratch, plan)
                     if name == "gate_up":
-                        lora_silu_mul(y, x, entry.a[0], b, blocks, scratch, plan)
+                        lora_silu_mul(y, x, rows.a, rows.b, blocks, scratch, plan)
 
 
 class GpuLoraTables:

@@ -42,10 +42,7 @@ class GroupPool:
 
 
 class AdapterPool:
-    """Rank rows on the device. Allocation belongs to the step loop, writing to whoever holds the rows.
-
-    Unowned rows are always finite (zero, or what an earlier owner left): the kernels rely on it.
-    """
+    """Rank rows on the device. Allocation belongs to the step loop, writing to whoever holds the rows."""
 
     def __init__(self, spec: ModelSpec, num_bytes: int, dtype: torch.dtype, device: torch.device) -> None:
         groups = linear_groups(spec)
