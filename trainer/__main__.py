@@ -1,8 +1,15 @@
 """`python -m trainer`, which torchrun and accelerate start."""
 
+import os
 import sys
 
 from trainer.cli import main
+from trainer.launch import is_launched
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and is_launched():  # at once: while the interpreter is torn down, gloo's threads may abort the process,
+        sys.stdout.flush()  # and the other processes would notice that this one ends before torchrun does
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

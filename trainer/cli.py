@@ -5,6 +5,7 @@ failed), 5 no room on the disk, 6 the store cannot be reached, 130 interrupted. 
 """
 
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from trainer.launch import own_rank
 
 EXIT_CODES = {"INVALID_ARGUMENT": 2, "FAILED_PRECONDITION": 4, "RESOURCE_EXHAUSTED": 5, "UNAVAILABLE": 6}
 INTERRUPTED = 130
+COURTESY = 1.0  # seconds that a process whose peer has ended waits: torchrun takes who ends first for the one at fault
 EPILOG = (
     "Exit codes: 0 done, 1 failure, 2 wrong usage, settings or data, 4 refused (base or adapter does not fit, or "
     "training failed), 5 no room on the disk, 6 store not reachable, 130 interrupted."
@@ -66,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" (process {own_rank()})" if own_rank() else ""
         if not (where and isinstance(error, PeerFailed)):  # that one is said once
             note(f"error{where}: {' '.join(message.split())}")
+        if isinstance(error, PeerFailed):
+            time.sleep(COURTESY)
         return code
 
 
