@@ -1,6 +1,7 @@
 """A server with random adapters, as a process of its own on loopback, and what a timing was made on."""
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -65,9 +66,9 @@ def surroundings() -> dict[str, object]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of them are not above, of at least one."""
+    """The least value that `share` of them are not above, of at least one."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
 
 
 def _commit() -> str:

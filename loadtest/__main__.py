@@ -41,7 +41,7 @@ def parser() -> ArgumentParser:
     against.add_argument("--base", metavar="DIR|HUB_ID", help="the base [SmolLM2-135M-Instruct]")
     against.add_argument("--scenario", default="compare", help="a TOML file, or a name of loadtest/scenarios [compare]")
     against.add_argument("--modes", default=",".join(mode.name for mode in MODES), help="[%(default)s]")
-    against.add_argument("--users", default="1,4,16", help="closed loads, with commas between [%(default)s]")
+    against.add_argument("--users", type=counts, default="1,4,16", help="closed loads, with commas between [1,4,16]")
     against.add_argument("--seconds", type=int, help="of each load [the scenario's]")
     against.add_argument("--output", default="comparison", metavar="PREFIX", help="of .json, .html, .md [%(default)s]")
     against.add_argument("--keep", action="store_true", help="keep what PREFIX.json has of other modes, and the echo")
@@ -59,13 +59,15 @@ def parser() -> ArgumentParser:
         "--scenario", default="overload", help="a TOML file, or a name of loadtest/scenarios [overload]"
     )
     beyond.add_argument("--seconds", type=int, help="of each load [the scenario's]")
-    beyond.add_argument("--factor", type=float, default=4.0, help="how many times the load [%(default)s]")
-    beyond.add_argument("--rounds", type=int, default=1, help="of both loads in turn; ratios are medians [%(default)s]")
+    beyond.add_argument("--factor", type=factor, default=4.0, help="how many times the load [%(default)s]")
+    beyond.add_argument(
+        "--rounds", type=count, default=1, help="of both loads in turn; ratios are medians [%(default)s]"
+    )
     beyond.add_argument("--json", metavar="FILE", help="add the line to this file, too")
     beyond.add_argument("options", nargs="*", help=f"of its own server, after -- [{' '.join(OWN_SERVER)}]")
     beyond.set_defaults(function=overload)
     for command in (play, bare, against, beyond):
-        command.add_argument("--processes", type=int, default=1, help="of Locust, that share the load [%(default)s]")
+        command.add_argument("--processes", type=count, default=1, help="of Locust, that share the load [%(default)s]")
     for command in (play, bare):
         command.add_argument("--scenario", default="quick", help="a TOML file, or a name of loadtest/scenarios [quick]")
         command.add_argument("--users", type=int, help="closed load [the scenario's]")
@@ -73,6 +75,24 @@ def parser() -> ArgumentParser:
         command.add_argument("--seconds", type=int, help="how long [the scenario's]")
         command.add_argument("--json", metavar="FILE", help="the numbers")
     return found
+
+
+def count(text: str) -> int:
+    """One or more. Raises ValueError, which argparse tells with the option's name."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def factor(text: str) -> float:
+    """Above nothing."""
+    if not (number := float(text)) > 0:
+        raise ValueError
+    return number
 
 
 if __name__ == "__main__":

@@ -33,13 +33,12 @@ def compare(options: Namespace) -> int:
         raise LoadTestFailed(
             f"--scenario {options.scenario}: a comparison needs requests for adapters, and no hot swaps"
         )
-    loads = [int(users) for users in options.users.split(",")]
     base = resolve_base(options.base, _say)
     modes, known = select(options.modes), server_options()
     report: dict[str, Any] = {
         "scenario": msgspec.to_builtins(scenario),
         "base": base.name,
-        "users": loads,
+        "users": options.users,
         "environment": surroundings() | gpus(),
         "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
         "modes": [],
@@ -59,13 +58,13 @@ def compare(options: Namespace) -> int:
                 add(report, "left_out", _left_out(mode, f"this `lorikeet serve` has no {' and no '.join(missing)}"))
                 continue
             try:
-                found.append(measure(mode, scenario, base, store, loads, options.processes, options.options))
+                found.append(measure(mode, scenario, base, store, options.users, options.processes, options.options))
                 add(report, "modes", found[-1])
             except LorikeetError as error:
                 add(report, "left_out", _left_out(mode, error.message))
             write(report, prefix)  # what is interrupted, or killed, has lost nothing but the mode under way
     if options.echo and not report["echo"]:
-        report["echo"] = measure_echo(scenario, loads, options.processes)
+        report["echo"] = measure_echo(scenario, options.users, options.processes)
     write(report, prefix)
     print(markdown_report(report))
     return int((bool(modes) and not found) or any(load["failures"] for mode in found for load in mode["loads"]))

@@ -115,7 +115,7 @@ def compared(accepted: Results, overloaded: Results) -> dict[str, Any]:
             "refused": refused,
             "failed_otherwise": sum(failures.values()) - refused,
             "without_retry_info": overloaded["without_retry"],
-            "refusal_ms": _milliseconds(overloaded["failed_seconds"]),
+            "refusal_ms": _milliseconds(overloaded["failed_seconds"].get(REFUSAL, {})),
             "retry_seconds": overloaded["retry_seconds"],
         },
         "tpot_ratio": ratios,

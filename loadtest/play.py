@@ -32,7 +32,7 @@ def play(
     """Locust against the server at `address`. One process takes one core and, with it, some thousand messages a second:
     `processes` share the users (or the rate). What they write is on the terminal unless `quiet`; `csv` is the prefix
     of Locust's files, with -1, -2, … for those of further processes. Raises LoadTestFailed when one ends without
-    results."""
+    results, or does not end."""
     shares = split(scenario, processes)
     with tempfile.TemporaryDirectory() as scratch:
         files = [Path(scratch) / f"records-{i}.json" for i in range(len(shares))]
@@ -49,14 +49,18 @@ def play(
 
 
 def split(scenario: Scenario, processes: int) -> list[Scenario]:
-    """What each process plays; fewer processes where there are fewer users. One alone does the hot swaps."""
+    """What each process plays; fewer processes where there are fewer users, or requests at once. One alone does the hot
+    swaps."""
     arrivals = scenario.arrivals
+    whole = arrivals.users if isinstance(arrivals, Closed) else arrivals.most_in_flight
+    processes = min(processes, whole)
+    shares = [whole // processes + (i < whole % processes) for i in range(processes)]
+    parts: list[Closed | Open]
     if isinstance(arrivals, Closed):
-        processes = min(processes, arrivals.users)
-        users = [arrivals.users // processes + (i < arrivals.users % processes) for i in range(processes)]
-        parts: list[Closed | Open] = [msgspec.structs.replace(arrivals, users=count) for count in users]
+        parts = [msgspec.structs.replace(arrivals, users=share) for share in shares]
     else:
-        parts = [msgspec.structs.replace(arrivals, rate=arrivals.rate / processes)] * processes
+        rate = arrivals.rate / processes
+        parts = [msgspec.structs.replace(arrivals, rate=rate, most_in_flight=share) for share in shares]
     alone = [scenario.swap, *[None] * (processes - 1)]
     return [
         msgspec.structs.replace(scenario, arrivals=part, swap=swap) for part, swap in zip(parts, alone, strict=True)
@@ -91,6 +95,8 @@ def _run_all(commands: Sequence[Sequence[str]], files: Sequence[Path], timeout: 
         running = [subprocess.Popen(command, stdout=output, stderr=output) for command in commands]
         try:
             codes = [process.wait(timeout) for process in running]
+        except subprocess.TimeoutExpired as error:
+            raise LoadTestFailed(f"Locust has not ended after {timeout:g} s") from error
         finally:
             for process in running:
                 process.kill()

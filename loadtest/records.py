@@ -1,6 +1,5 @@
 """What was measured of requests, and what many of them say together. Times are seconds of one monotonic clock."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -8,7 +7,7 @@ import msgspec
 
 from loadtest.scenario import Scenario
 
-QUANTILES = (0.5, 0.9, 0.95, 0.99)
+PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass(slots=True)
@@ -89,6 +88,9 @@ def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, 
     in_time = sum(record.ended <= end for record in good)
     failed = [record for record in ended if not record.is_ok]
     tokens = sum(count for record in records for when, count in record.arrivals if begin < when <= end)
+    by_failure: dict[str, list[float]] = {}
+    for record in failed:
+        by_failure.setdefault(f"{record.code} {record.reason}".strip(), []).append(record.seconds)
     adapters: dict[str, list[Record]] = {}
     for record in good:
         adapters.setdefault(record.adapter, []).append(record)
@@ -98,8 +100,8 @@ def summarize(records: Iterable[Record], begin: float, end: float) -> dict[str, 
         "requests_per_second": round(in_time / (end - begin), 3),
         "output_tokens_per_second": round(tokens / (end - begin), 2),
         **latencies(good),
-        "failures": dict(Counter(f"{record.code} {record.reason}".strip() for record in failed)),
-        "failed_seconds": quantiles([record.seconds for record in failed]),
+        "failures": {name: len(found) for name, found in by_failure.items()},
+        "failed_seconds": {name: quantiles(found) for name, found in by_failure.items()},
         "retry_seconds": quantiles([after for record in failed if (after := record.retry_after) is not None]),
         "without_retry": sum(record.retry_after is None for record in failed),
         "adapters": {name or "base": {"requests": len(found), **latencies(found)} for name, found in adapters.items()},
@@ -117,9 +119,9 @@ def latencies(records: Sequence[Record]) -> dict[str, object]:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90, … and mean; empty of nothing. The value that so large a share is not above: no interpolation."""
+    """p50, p90, … and mean; empty of nothing. The least value that so many percent are not above: no interpolation."""
     if not values:
         return {}
     ordered = sorted(values)
-    found = {f"p{share * 100:g}": ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in QUANTILES}
+    found = {f"p{percent}": ordered[-(-percent * len(ordered) // 100) - 1] for percent in PERCENTILES}
     return {name: round(value, 6) for name, value in (found | {"mean": sum(ordered) / len(ordered)}).items()}

@@ -117,7 +117,8 @@ class Scenario(_Table, frozen=True):
             think = self.arrivals.think if isinstance(self.arrivals, Closed) else 0.0
             changes["arrivals"] = {"kind": "closed", "users": users, "think": think}
         if rate is not None:
-            changes["arrivals"] = {"kind": "open", "rate": rate}
+            most = self.arrivals.most_in_flight if isinstance(self.arrivals, Open) else Open(rate).most_in_flight
+            changes["arrivals"] = {"kind": "open", "rate": rate, "most_in_flight": most}
         if seconds is not None:
             changes |= {"seconds": seconds, "warmup": min(self.warmup, seconds / 4)}
         return _convert(msgspec.to_builtins(self) | changes, self.name)

@@ -13,7 +13,7 @@ from gevent import Greenlet, pool, sleep, spawn
 from locust import User, task
 from locust.env import Environment
 
-from loadtest.draws import Draws
+from loadtest.draws import Draw, Draws
 from loadtest.records import Record, Run
 from loadtest.scenario import Open, Scenario
 from loadtest.streams import Client
@@ -67,23 +67,25 @@ class Load:
     def report(self, environment: Environment, record: Record) -> None:
         """Keep it, and fire Locust's events: one row for each kind of time, whose unit its type says."""
         self.records.append(record)
-        times = [("end to end ms", record.seconds * 1000)]
+        self.fire(environment, "end to end ms", record, record.seconds * 1000)
+        if not record.is_ok:
+            return
         if record.first_token_seconds is not None:
-            times.append(("TTFT ms", record.first_token_seconds * 1000))
+            self.fire(environment, "TTFT ms", record, record.first_token_seconds * 1000)
         if record.per_token_seconds is not None:
-            times.append(("TPOT ms", record.per_token_seconds * 1000))
-        if record.is_ok:
-            times.append(("tokens/s", record.tokens_per_second))
-        for kind, value in times:
-            is_whole = kind == "end to end ms"
-            environment.events.request.fire(
-                request_type=kind,
-                name=self.label(record.adapter),
-                response_time=value,
-                response_length=record.num_tokens if is_whole else 0,
-                exception=StreamFailed(record.code, record.reason) if is_whole and not record.is_ok else None,
-                context={},
-            )
+            self.fire(environment, "TPOT ms", record, record.per_token_seconds * 1000)
+        self.fire(environment, "tokens/s", record, record.tokens_per_second)
+
+    def fire(self, environment: Environment, kind: str, record: Record, value: float) -> None:
+        """One event. Locust counts a failure, but no time of it: what is refused at once would look fast."""
+        environment.events.request.fire(
+            request_type=kind,
+            name=self.label(record.adapter),
+            response_time=value if record.is_ok else None,
+            response_length=record.num_tokens if kind == "end to end ms" else 0,
+            exception=None if record.is_ok else StreamFailed(record.code, record.reason),
+            context={},
+        )
 
     def measured(self) -> Run:
         """All of it, so far."""
@@ -118,25 +120,25 @@ class StreamUser(User):
 
     @task
     def play(self) -> None:
-        arrivals = self._load.scenario.arrivals
+        arrivals, draw = self._load.scenario.arrivals, self._draws.request()
         if not isinstance(arrivals, Open):
-            self._run(time.perf_counter())
+            self._run(draw, time.perf_counter())
             sleep(arrivals.think)
             return
         self._due += self._draws.gap(arrivals.rate / self._load.num_users)
         sleep(max(0.0, self._due - time.perf_counter()))
         if len(self._in_flight) < arrivals.most_in_flight / self._load.num_users:
-            self._in_flight.spawn(self._run, self._due)
+            self._in_flight.spawn(self._run, draw, self._due)
         else:
-            record = Record("", self._due, ended=time.perf_counter(), code="CLIENT_FULL")
+            record = Record(draw.adapter, self._due, ended=time.perf_counter(), code="CLIENT_FULL")
             self._load.report(self.environment, record)
 
     def on_stop(self) -> None:
         self._in_flight.join(timeout=self._load.scenario.timeout)
         self._client.close()
 
-    def _run(self, due: float) -> None:
-        record = self._client.run(self._draws.request(), due, self._load.scenario.timeout)
+    def _run(self, draw: Draw, due: float) -> None:
+        record = self._client.run(draw, due, self._load.scenario.timeout)
         self._load.report(self.environment, record)
 
 
@@ -152,13 +154,6 @@ def start_swaps(environment: Environment, load: Load) -> "Greenlet[[], None]":
             sleep(plan.every)
             record = client.swap(draws.any_adapter(), plan.action)
             load.swaps.append(record)
-            environment.events.request.fire(
-                request_type="swap ms",
-                name=load.label(record.adapter),
-                response_time=record.seconds * 1000,
-                response_length=0,
-                exception=None if record.is_ok else StreamFailed(record.code, record.reason),
-                context={},
-            )
+            load.fire(environment, "swap ms", record, record.seconds * 1000)
 
     return spawn(swap)

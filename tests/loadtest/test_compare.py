@@ -10,7 +10,8 @@ from loadtest.__main__ import main
 from loadtest.compare import add, joined, kept
 from loadtest.cpu import cores
 from loadtest.errors import LoadTestFailed
-from loadtest.overload import compared, is_as_promised, together
+from loadtest.overload import REFUSAL, compared, is_as_promised, together
+from loadtest.play import _run_all
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -71,6 +72,26 @@ def test_reports_of_different_modes_are_joined() -> None:
         joined(wide, narrow | {"users": [1]}, Path("narrow.json"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--users", "1,x"],
+        ["compare", "--users", "4,0"],
+        ["run", "--processes", "0"],
+        ["overload", "--rounds", "0"],
+        ["overload", "--factor", "0"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_starts(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(arguments)
+    assert raised.value.code == 2
+    assert f"argument {arguments[1]}: " in capsys.readouterr().err
+
+
 def test_a_scenario_that_not_every_mode_can_play_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--scenario", "quick"]) == 2, "it swaps adapters"
     assert "--scenario quick: a comparison needs requests for adapters, and no hot swaps" in capsys.readouterr().err
@@ -84,8 +105,8 @@ def load(tpot: float, **changes: Any) -> dict[str, Any]:
 
 
 def test_what_an_overload_says() -> None:
-    refused = {"RESOURCE_EXHAUSTED SERVER_BUSY": 7}
-    over = load(0.022, failures=refused, failed_seconds={"p99": 0.003}, retry_seconds={"p50": 2.0})
+    refused = {REFUSAL: 7}
+    over = load(0.022, failures=refused, failed_seconds={REFUSAL: {"p99": 0.003}}, retry_seconds={"p50": 2.0})
     found = compared(load(0.02), over)
     assert found["tpot_ratio"] == {"p50": 1.1, "p95": 1.1, "p99": 1.1}
     assert found["overloaded"]["refused"] == 7
@@ -112,3 +133,8 @@ def test_whose_cpu_time_it_was() -> None:
     assert cores(before, after) == expected
     del before["machine"], expected["others"]
     assert cores(before, after) == expected
+
+
+def test_a_locust_that_does_not_end_is_told(tmp_path: Path) -> None:
+    with pytest.raises(LoadTestFailed, match=r"Locust has not ended after 0.01 s"):
+        _run_all([["sleep", "60"]], [tmp_path / "records"], 0.01, True)

@@ -58,6 +58,7 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
     table = rows(tmp_path / "locust_stats.csv")
     for name in ("base", "a0000", "a0001"):
         whole = table["end to end ms", name]
+        assert float(whole["Min Response Time"]) > 9, "those refused, at once, have no part in the times of the others"
         for kind in ("TTFT ms", "TPOT ms", "tokens/s"):
             told = int(table[kind, name]["Request Count"])
             assert told == int(whole["Request Count"]) - int(whole["Failure Count"]) > 0, (kind, name)
@@ -80,13 +81,16 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
 
 def test_an_open_load_keeps_its_rate_and_names_its_mode(tmp_path: Path, echo: str) -> None:
     tables = '[adapters]\npopularity = "distinct"\ncount = 100\n[arrivals]\nkind = "open"\nrate = 60.0\n'
+    tables += "most_in_flight = 1\n"
     options = ("--server", echo, "--csv", str(tmp_path / "locust"))
     _, found = play(tmp_path, tables, *options)
     count = found["requests"] + sum(found["failures"].values())
     assert 20 < count / found["seconds"] < 85, "four deviations above; a busy machine answers some too late to count"
+    assert found["failures"]["CLIENT_FULL"] > 0
     table = rows(tmp_path / "locust_stats.csv")
     assert ("TTFT ms", "_other") in table, "adapters past the first fifty share a row"
-    assert {f"a{i:04d}" for i in range(50)} == {name for _, name in table} - {"_other", "Aggregated"}
+    names = {name for _, name in table} - {"_other", "Aggregated"}
+    assert names == {f"a{i:04d}" for i in range(50)}, "what was not sent counts for the adapter it was meant for"
 
 
 def test_several_processes_share_one_load(tmp_path: Path, echo: str) -> None:

@@ -85,6 +85,8 @@ def test_another_load_is_the_same_scenario_otherwise() -> None:
     played = scenario(arrivals=Closed(users=3, think=0.5), seconds=20, warmup=4.0)
     assert played.at(users=9).arrivals == Closed(users=9, think=0.5)
     assert played.at(rate=2.5).arrivals == Open(rate=2.5)
+    opened = scenario(arrivals=Open(rate=1.0, most_in_flight=9))
+    assert opened.at(rate=2.5).arrivals == Open(rate=2.5, most_in_flight=9)
     assert (played.at(seconds=8).seconds, played.at(seconds=8).warmup) == (8, 2.0)
     assert played.at() == played
     with pytest.raises(ScenarioError, match="--users and --rate"):
@@ -168,4 +170,6 @@ def test_processes_split_users_rate_and_swaps() -> None:
     assert [part.arrivals for part in parts] == [Closed(users, 0.5) for users in (3, 2, 2)]
     assert [part.swap for part in parts] == [Swap(every=1.0), None, None]
     assert len(split(scenario(arrivals=Closed(users=2)), 8)) == 2
-    assert [part.arrivals for part in split(scenario(arrivals=Open(rate=9.0)), 2)] == [Open(rate=4.5)] * 2
+    opened = scenario(arrivals=Open(rate=9.0, most_in_flight=7))
+    assert [part.arrivals for part in split(opened, 2)] == [Open(4.5, 4), Open(4.5, 3)], "together as many as one"
+    assert len(split(scenario(arrivals=Open(rate=9.0, most_in_flight=2)), 8)) == 2
