@@ -48,6 +48,15 @@ class PatternCompiler:
 
     def compile(self, expression: str) -> Pattern:
         """A predicate that is `re.fullmatch(expression, name) is not None`. Both raise UnsafePattern."""
+        step = self._parse(expression)
+        return lambda name: bool(step(_Run(name, self), 1) >> len(name))
+
+    def _compile_key(self, key: str) -> Pattern:
+        """A predicate that is `re.match(suffix_pattern(key), name) is not None`: "a)|(b" may end before the name."""
+        step = self._parse(suffix_pattern(key))
+        return lambda name: bool(step(_Run(name, self), 1))
+
+    def _parse(self, expression: str) -> _Step:
         if len(expression) > _MAX_LENGTH:
             raise UnsafePattern(f"it is longer than {_MAX_LENGTH} characters")
         self.spend(_STEPS_A_CHARACTER * len(expression))
@@ -55,12 +64,11 @@ class PatternCompiler:
             parsed = importlib.import_module("re._parser").parse(expression)
             if parsed.state.flags != re.UNICODE:
                 raise UnsafePattern("flags are not supported")
-            step = _sequence(parsed)
+            return _sequence(parsed)
         except (re.error, OverflowError) as error:
             raise UnsafePattern(f"it is not valid: {error}") from None
         except RecursionError:
             raise UnsafePattern("it is nested too deeply") from None
-        return lambda name: bool(step(_Run(name, self), 1) >> len(name))
 
     def compile_keys(self, keys: Sequence[str]) -> Callable[[str], int | None]:
         """What tells the index of the first key that stands for the end of a name: all of it, or what follows a dot.
@@ -68,7 +76,7 @@ class PatternCompiler:
         A key is an expression; that of most is plain, and any number of those costs little.
         """
         plain = _PlainKeys({key: at for at, key in reversed([*enumerate(keys)]) if _PLAIN.fullmatch(key)}, self)
-        others = [(at, self.compile(suffix_pattern(key))) for at, key in enumerate(keys) if not _PLAIN.fullmatch(key)]
+        others = [(at, self._compile_key(key)) for at, key in enumerate(keys) if not _PLAIN.fullmatch(key)]
 
         def first(name: str) -> int | None:
             best = plain.first(name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters.patterns import Pattern, PatternCompiler, suffix_pattern
+from adapters.patterns import PatternCompiler
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
 from server.errors import CanaryFailed
 from server.kernels import silu_mul
@@ -171,11 +171,10 @@ class Reference:
 
 def _alphas(config: Mapping[str, Any]) -> Callable[[str], float]:
     """module path → lora_alpha, by PEFT's rule: the first pattern that matches the end of the path, at a dot."""
-    compiler = PatternCompiler()
-    given = (config.get("alpha_pattern") or {}).items()
-    patterns: list[tuple[Pattern, float]] = [(compiler.compile(suffix_pattern(key)), alpha) for key, alpha in given]
+    given: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alphas, first = list(given.values()), PatternCompiler().compile_keys(list(given))
     default: float = config.get("lora_alpha", 8)
-    return lambda path: next((alpha for matches, alpha in patterns if matches(path)), default)
+    return lambda path: default if (at := first(path)) is None else alphas[at]
 
 
 class _Both:

@@ -95,6 +95,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank by part of a name": {"target_modules": ALL, "rank_pattern": {"proj": 2, "_proj": 3, "self_attn": 5}},
     "first key wins": {"target_modules": ALL, "rank_pattern": {".*q_proj": 5, "a|q_proj": 7, "q_proj": 2}},
     "alpha by name": {"target_modules": ALL, "alpha_pattern": {"q_proj": 2, "mlp.up_proj": 64}},
+    "alpha by a key that is two": {"target_modules": ALL, "alpha_pattern": {"o)|(up_proj": 5, "q)|(mlp.gate": 64}},
     "both, rslora": {
         "target_modules": ALL,
         "use_rslora": True,

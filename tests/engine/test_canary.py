@@ -62,6 +62,16 @@ def test_an_adapter_without_effect_and_one_of_tiny_values_pass(tmp_path: Path) -
         bench.check(adapter, bench.place(adapter))
 
 
+def test_one_with_an_alpha_for_every_layer_of_a_large_model_passes(
+    llama: tuple[PreTrainedModel, Path], tmp_path: Path
+) -> None:
+    bench = Bench(llama[1], torch.float32)
+    alphas = {f"model.layers.{layer}.{part}": 1 + layer for layer in range(126) for part in ("q", "k", "v", "o")}
+    alphas |= {f"layers.{layer}.self_attn.q_proj": 3 + layer for layer in range(126)}
+    adapter = make_adapter(llama[0], tmp_path / "adapter", 0, alpha_pattern=alphas)
+    bench.check(adapter, bench.place(adapter))
+
+
 def swap_layers(pool: AdapterPool, rows: slice) -> None:
     for group in pool.groups.values():
         for tensor in (group.a, *group.b):
