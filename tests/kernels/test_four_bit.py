@@ -160,7 +160,18 @@ def layers(dtype: torch.dtype) -> dict[str, Linear]:
     return {"packed": pack_four_bit(products("qkv", dtype)), "plain": plain, "decoded": decoded, "mixed": mixed}
 
 
-@pytest.mark.parametrize("kind", ["packed", "plain", "decoded", "mixed"])
+KINDS = pytest.mark.parametrize("kind", ["packed", "plain", "decoded", "mixed"])
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_of_no_rows(kind: str, dtype: torch.dtype) -> None:
+    """As the head's in a step that only reads part of a prompt."""
+    layer = layers(dtype)[kind]
+    assert layer(torch.empty(0, 128, dtype=dtype)).shape == (0, layer.out_features)
+
+
+@KINDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_are_written_and_restored_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
     layer = layers(dtype)[kind]
