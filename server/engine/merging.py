@@ -61,7 +61,7 @@ class _Squares:
     weight: float = 0.0
 
     def report(self, layer: int) -> LayerError:
-        return LayerError(layer, math.sqrt(self.error / self.weight), math.sqrt(self.error / self.delta))
+        return LayerError(layer, _relative(self.error, self.weight), _relative(self.error, self.delta))
 
 
 class BaseMerger:
@@ -220,3 +220,11 @@ def _sha256(tensors: tuple[Tensor, ...]) -> str:
 def _square(tensor: Tensor) -> float:
     """The square of its Frobenius norm."""
     return float(tensor.norm()) ** 2
+
+
+def _relative(error: float, whole: float) -> float:
+    """A norm relative to another, of their squares. Nothing relative to nothing is nothing, as where A and B that are
+    not zero make no delta."""
+    if not whole:
+        return math.inf if error else 0.0
+    return math.sqrt(error / whole)

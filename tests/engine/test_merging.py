@@ -6,9 +6,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from adapters.validation import WEIGHTS_FILE
 from server.base.quantization import Quantization
 from server.base.spec import ModelSpec
 from server.engine.build import read_config
@@ -19,7 +21,7 @@ from server.lora.pool import AdapterPool, Ranges
 from server.lora.weights import load_adapter
 from server.model.loader import load_weights
 from server.model.transformer import Transformer
-from tests.engine.inprocess import make_adapter
+from tests.engine.inprocess import adapter_ref, make_adapter
 from tests.engine.test_parity import VARIANTS, prompt
 from tests.model.tiny import save_tiny
 
@@ -179,6 +181,23 @@ def test_only_what_an_adapter_changes_is_put_aside(tmp_path: Path) -> None:
     report = world.merge()
     assert [layer.layer for layer in report.layers] == [1]
     assert report.held_bytes == world.model.weights.layers[1].down.weight.nbytes
+
+
+def test_rows_of_which_a_or_b_is_zero_change_nothing_and_merge(tmp_path: Path) -> None:
+    adapter = make_adapter(save_tiny("llama", tmp_path / "base"), tmp_path / "adapter", 1, r=2)
+    file = Path(adapter.path) / WEIGHTS_FILE
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".layers.1." in name:
+            (tensor[1] if "lora_A" in name else tensor[:, 0]).zero_()
+    save_file(tensors, file)
+    world = World(tmp_path / "base", adapter_ref(Path(adapter.path)), torch.bfloat16)
+    before = world.weights()
+    first, empty, last = world.merge().layers
+    assert (empty.layer, empty.weight, empty.delta) == (1, 0.0, 0.0)
+    assert all(0 < layer.weight < layer.delta < 0.1 for layer in (first, last))
+    changed = {name for name, weight in world.weights().items() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[2] for name in changed} == {"0", "2"}
 
 
 def test_a_host_without_room_refuses_before_anything_is_written(
