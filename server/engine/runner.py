@@ -36,18 +36,20 @@ class DecodeGraphs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepHandle:
-    """A step under way. `drawn` is on the host once `done` has passed (None: already); later steps are not awaited."""
+    """A step under way, over once `done` has passed (None: already); then `drawn` is on the host. Later steps are not
+    awaited."""
 
     chunks: tuple[Chunk, ...]
     drawn: SampledBatch | None
     done: torch.cuda.Event | None
 
     def result(self) -> list[Sampled]:
-        """One for each chunk that draws a token, in the plan's order; waits for the device."""
-        if self.drawn is None:
-            return []
+        """One for each chunk that draws a token, in the plan's order. Waits for the device even where nothing is drawn:
+        what the step reads may go to others then."""
         if self.done is not None:
             self.done.synchronize()
+        if self.drawn is None:
+            return []
         tokens: list[int] = self.drawn.tokens.tolist()
         if self.drawn.logprobs is None:
             return [Sampled(token, None) for token in tokens]
@@ -87,10 +89,10 @@ class Runner:
         replayed = self._replay(plan) if plan.num_decodes == len(plan.chunks) else None
         logits, likeliest = replayed or (self._model.forward(self._batch(plan), self._cache), None)
         drawing = tuple(chunk for chunk in plan.chunks if chunk.samples)
-        if not drawing:
-            return StepHandle((), None, None)
-        rows = [_row(chunk) for chunk in drawing]
-        drawn = self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing], likeliest)
+        drawn = None
+        if drawing:
+            rows = [_row(chunk) for chunk in drawing]
+            drawn = self._sampler.sample(logits, rows, [chunk.output_index for chunk in drawing], likeliest)
         return self._handle(drawing, drawn)
 
     def _replay(self, plan: Plan) -> tuple[Tensor, Tensor] | None:
@@ -113,15 +115,13 @@ class Runner:
     def _span(self, chunk: Chunk) -> TokenSpan:
         return TokenSpan(chunk.length, self._rows_of(chunk.seq))
 
-    def _handle(self, drawing: tuple[Chunk, ...], drawn: SampledBatch) -> StepHandle:
+    def _handle(self, drawing: tuple[Chunk, ...], drawn: SampledBatch | None) -> StepHandle:
         if self._device.type == "cpu":
             return StepHandle(drawing, drawn, None)
-        fields = (drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
-        tokens, *rest = (None if field is None else _to_host(field) for field in fields)
-        assert tokens is not None, "tokens are always drawn"
+        on_host = None if drawn is None else _on_host(drawn)
         done = torch.cuda.Event()
         done.record()
-        return StepHandle(drawing, SampledBatch(tokens, *rest), done)
+        return StepHandle(drawing, on_host, done)
 
     def _batch(self, plan: Plan) -> ForwardBatch:
         ids: list[int] = []
@@ -172,8 +172,16 @@ def _row(chunk: Chunk) -> int:
     return chunk.seq.row
 
 
+def _on_host(drawn: SampledBatch) -> SampledBatch:
+    """Copies, there when the stream has come so far."""
+    fields = (drawn.tokens, drawn.logprobs, drawn.top_ids, drawn.top_logprobs)
+    tokens, *rest = (None if field is None else _to_host(field) for field in fields)
+    assert tokens is not None, "tokens are always drawn"
+    return SampledBatch(tokens, *rest)
+
+
 def _to_host(tensor: Tensor) -> Tensor:
-    """A copy in pinned memory, there when the stream has come so far."""
+    """A copy in pinned memory, there likewise."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 

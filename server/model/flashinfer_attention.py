@@ -48,6 +48,7 @@ class FlashInferAttention:
         self._dtype = dtype
         self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD")
+        self._copied = torch.cuda.Event()
 
     def plan(self, decodes: Sequence[AttentionChunk], prefills: Sequence[AttentionChunk]) -> FlashInferPlan:
         """Decodes are prefills of one token: a step that has prefills is not bound by its decodes."""
@@ -56,6 +57,7 @@ class FlashInferAttention:
         token_start = [0]
         for chunk in chunks:
             token_start.append(token_start[-1] + chunk.length)
+        self._copied.synchronize()  # the plan before has left FlashInfer's buffer on the host, which has room for one
         heads, kv_heads, head_dim, page_size = self._shape
         self._prefill.plan(
             _host(token_start),
@@ -71,6 +73,7 @@ class FlashInferAttention:
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
         )
+        self._copied.record()
         return FlashInferPlan(self._prefill, page_size)
 
     def decode_bucket(self, batch: int) -> DecodeBucket:

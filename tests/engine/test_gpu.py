@@ -144,3 +144,30 @@ def test_own_attention_and_greedy_tokens_in_the_graph(wide_llama: tuple[PreTrain
     penalised = driver.inbox.tokens("penalised")
     assert len({*penalised}) == len(penalised)
     assert not {*penalised} & {*range(50)}
+
+
+def test_a_step_is_committed_when_the_device_is_done_with_it(
+    llama: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it draws nothing: the parts of a long prompt but for its last."""
+    driver = Driver(llama[1], overlap=None, device="cuda", dtype="float16", max_batch_tokens=32, kv_cache_bytes=4 << 20)
+    model, scheduler = driver.engine._runner._model, driver.engine._scheduler
+    forward, commit = model.forward, scheduler.commit
+    ends: list[torch.cuda.Event] = []
+
+    def slow_forward(*inputs: Any) -> torch.Tensor:
+        logits = forward(*inputs)
+        torch.cuda._sleep(50_000_000)  # cycles
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        return logits
+
+    def checked_commit(*step: Any) -> Any:
+        assert ends.pop(0).query()
+        return commit(*step)
+
+    monkeypatch.setattr(model, "forward", slow_forward)
+    monkeypatch.setattr(scheduler, "commit", checked_commit)
+    driver.submit("long", list(range(200)), 1)
+    driver.run("long")
+    assert not ends

@@ -92,3 +92,27 @@ def test_steps_with_prefills(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         want = reference.plan(decodes, chunks[len(decodes) :]).run(q.float(), k_cache.float(), v_cache.float())
         error = (out.float() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
         assert error.max() <= TOLERANCE[dtype], f"{starts} {lengths}: {error.max()}"
+
+
+@torch.inference_mode()
+def test_a_step_that_is_planned_ahead_leaves_the_one_before_as_it_was() -> None:
+    """The device has not begun with the first when the second, of other lengths, is planned."""
+    from server.model.flashinfer_attention import FlashInferAttention
+
+    device, dtype = torch.device("cuda", 0), torch.float16
+    attention, reference = FlashInferAttention(SPEC, PAGE, NUM_PAGES, dtype, device), torch_attention(device)
+    draw = drawing(dtype, device)
+    shape = (NUM_PAGES * PAGE, SPEC.num_kv_heads, SPEC.head_dim)
+    k_cache, v_cache = draw(*shape), draw(*shape)
+    first = [AttentionChunk(50 * i, 64, range(40 * i, 40 * i + 40)) for i in range(10)]
+    steps = [first, [AttentionChunk(9000, 1300, range(1000, 1700))]]
+    queries = [draw(sum(chunk.length for chunk in step), SPEC.num_heads, SPEC.head_dim) for step in steps]
+    for step, q in zip(steps, queries, strict=True):
+        attention.plan([], step).run(q, k_cache, v_cache)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # cycles
+    results = [attention.plan([], step).run(q, k_cache, v_cache) for step, q in zip(steps, queries, strict=True)]
+    for step, q, out in zip(steps, queries, results, strict=True):
+        want = reference.plan([], step).run(q.float(), k_cache.float(), v_cache.float())
+        error = (out.float() - want).flatten(1).norm(dim=1) / want.flatten(1).norm(dim=1)
+        assert error.max() <= TOLERANCE[dtype]
