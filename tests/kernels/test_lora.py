@@ -1,5 +1,7 @@
 """The low-rank term of a mixed batch against an adapter-by-adapter float64 loop, over the parity grid."""
 
+import errno
+import fcntl
 import os
 import random
 import subprocess
@@ -247,18 +249,55 @@ def test_fewer_threads_than_were_asked_for_do_all_of_it() -> None:
     subprocess.run([sys.executable, "-c", FEWER], check=True, env=environment, cwd=ROOT, timeout=120)
 
 
-def test_where_no_cache_can_be_written_the_kernel_is_compiled_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", "server.kernels")
-    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+def is_seven(kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what was compiled for float32 adds 2 · 3 to 1."""
     shape = LoraBlocksShape(tokens=1, rows=1, blocks=1, block_tokens=1, max_rank=1)
     tables = BlockTables.of(shape.view(torch.tensor([0, 1, 0, 1, 0, 0, 1], dtype=torch.int32)))
     rows, y = LoraRows.of(torch.full((1, 1, 1), 2.0), [torch.full((1, 1), 3.0)]), torch.ones(1, 1)
-    monkeypatch.setattr("server.kernels.cpu.lora.compiled", compiled.__wrapped__)
+    monkeypatch.setattr("server.kernels.cpu.lora.compiled", lambda dtype: kernel)
     lora_add(y, torch.ones(1, 1), rows, tables)
-    assert y.item() == 7.0
+    return y.item() == 7.0
+
+
+def is_locked(folder: Path) -> bool:
+    with next(folder.rglob("lora.lock")).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("fault", ["cannot cache", "no room"])
+def test_where_no_cache_can_be_written_the_kernel_is_compiled_all_the_same(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where one can, no other process writes at the same time."""
+
+    def save(self: object, key: object, data: object) -> None:
+        assert is_locked(tmp_path)
+        raise OSError(errno.ENOSPC, fault)
+
+    caplog.set_level("INFO", "server.kernels")
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    if fault == "cannot cache":  # Numba, without a directory
+        monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", save)
+    assert is_seven(compiled.__wrapped__(torch.float32), monkeypatch)
     assert "is compiled at each start" in caplog.text
+    assert fault in caplog.text
+
+
+def test_machine_code_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.CACHE_DIR", str(tmp_path))
+    hits = [compiled.__wrapped__(torch.float32).compiled.cache_hits]
+    for kind in ("nbc", "nbi"):  # the code, and Numba's index of it
+        (entry,) = tmp_path.rglob(f"*.{kind}")
+        entry.write_bytes(entry.read_bytes()[:-1] if kind == "nbc" else b"")
+        kernels = [compiled.__wrapped__(torch.float32) for _ in range(2)]
+        assert all(is_seven(kernel, monkeypatch) for kernel in kernels)
+        hits += [kernel.compiled.cache_hits for kernel in kernels]
+    assert hits == [0, 0, 1, 0, 1]
 
 
 def added(batch: LowRankTerm | None) -> LowRankTerm:

@@ -12,15 +12,19 @@ from collections.abc import Callable
 from ctypes import CDLL, CFUNCTYPE, Array, addressof, c_int64, c_void_p, cast
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
 
+from server.base.cache import locked
 from server.kernels.lora_blocks import LoraBlocks
 from server.kernels.lora_rows import LoraRows
 
@@ -80,13 +84,25 @@ def compiled(dtype: torch.dtype) -> Callable[..., None]:
     file or, where that cannot be written, in the user's cache directory."""
     signature = types.void(types.CPointer(_ELEMENTS[dtype]))
     try:
-        function = cfunc(signature, cache=True)(_member)
-    except RuntimeError as error:  # no directory for it
+        function = _kept(signature)
+    except (RuntimeError, OSError) as error:  # no directory for it, or no room there
         log.info("the low-rank kernel is compiled at each start: %s", error)
         function = cfunc(signature)(_member)
     call: Any = CFUNCTYPE(None, c_void_p)(function.address)
     call.compiled = function  # owns the machine code
     return call  # type: ignore[no-any-return]
+
+
+def _kept(signature: Any) -> Any:
+    """`_member`, compiled now or at an earlier start; what was cut short there is made again. By one process at a time:
+    Numba's index would give the same file to two of them that compile for different dtypes."""
+    entries = FunctionCache(_member)
+    with locked(Path(entries.cache_path) / "lora.lock"):
+        try:
+            return cfunc(signature, cache=True)(_member)
+        except (EOFError, UnpicklingError):
+            entries.flush()
+            return cfunc(signature, cache=True)(_member)
 
 
 class _OpenMP(NamedTuple):
