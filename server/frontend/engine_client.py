@@ -70,8 +70,7 @@ class EngineClient:
         """
         address = f"ipc://{self._directory}/engine"
         self._socket.bind(address)
-        self._loop.add_reader(self._file, self._read)
-        self._is_reading = True
+        self._start_reading()
         self._process = process = await asyncio.create_subprocess_exec(
             *self._command,
             "--socket",
@@ -92,6 +91,7 @@ class EngineClient:
             await asyncio.wait((self._ready, ended), return_when=asyncio.FIRST_COMPLETED)
             if not self._ready.done():
                 raise ended.result()
+            self._start_reading()
             return self._ready.result()
         finally:
             ended.cancel()
@@ -151,9 +151,15 @@ class EngineClient:
                 self._garbled.set_result(str(error))
                 return
             if isinstance(message, Ready):
+                self._stop_reading()  # until `start` goes on: what comes next is for who knows that there is an engine
                 self._ready.set_result(message)
             else:
                 self._receive(message)
+
+    def _start_reading(self) -> None:
+        self._is_reading = True
+        self._loop.add_reader(self._file, self._read)
+        self._loop.call_soon(self._read)  # what came before gives no signal any more
 
     def _stop_reading(self) -> None:
         if self._is_reading:

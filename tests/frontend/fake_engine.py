@@ -67,9 +67,10 @@ class Running:
 class FakeEngine:
     """Counts in its Stats what tests want to know: num_running, and as `preemptions` the Cancels it has had."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, is_talkative: bool) -> None:
         self.socket = zmq.Context.instance().socket(zmq.PAIR)
         self.socket.connect(address)
+        self.is_talkative = is_talkative
         self.running: dict[str, Running] = {}
         self.resident: dict[str, bool] = {}  # digest → whether it is pinned
         self.drains: list[UnloadAdapter] = []
@@ -87,6 +88,8 @@ class FakeEngine:
                 num_pages=100,
             )
         )
+        if self.is_talkative:
+            self.stats()
         parent = os.getppid()
         while os.getppid() == parent:
             while self.socket.poll(0 if self.has_work() else 1000):
@@ -225,6 +228,7 @@ def main() -> int:
     parser.add_argument("--say", default="")
     parser.add_argument("--exit", type=int)
     parser.add_argument("--deaf", action="store_true", help="start to load, and end only when killed")
+    parser.add_argument("--talkative", action="store_true", help="send Stats with Ready, not only with a change")
     args = parser.parse_args()
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     assert config.base_path
@@ -237,7 +241,7 @@ def main() -> int:
         print(f"pid {os.getpid()}", file=sys.stderr, flush=True)
         while True:
             signal.pause()
-    FakeEngine(args.socket).run()
+    FakeEngine(args.socket, is_talkative=args.talkative).run()
     return 0
 
 

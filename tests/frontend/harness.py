@@ -66,6 +66,7 @@ class Recorder:
         self._changed.set()
 
     def engine_stats(self, stats: Stats, names: Mapping[str, str]) -> None:
+        self.calls.append(("engine_stats", {}))
         self.stats = stats
         self.names = names
         self._changed.set()

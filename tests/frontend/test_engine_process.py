@@ -55,6 +55,17 @@ def test_a_lost_engine_ends_its_streams_and_calls_and_is_started_again(tmp_path:
     run(test())
 
 
+def test_stats_that_come_with_ready_are_heard_after_it(tmp_path: Path) -> None:
+    """An engine that has nothing to do does not say the same again: they would be forgotten with what was before."""
+
+    async def test() -> None:
+        async with started(tmp_path, "--talkative") as (_, recorder):
+            await recorder.until(lambda: recorder.stats is not None)
+            assert [name for name, _ in recorder.calls] == ["engine_started", "engine_stats"]
+
+    run(test())
+
+
 def test_the_error_says_how_the_engine_ended(tmp_path: Path) -> None:
     async def test() -> None:
         async with started(tmp_path) as (frontend, _):
