@@ -70,7 +70,7 @@ class Frontend:
         self._preparation = Preparation(base, config.max_stop_strings)
         self.catalog = Catalog(registry, metrics.store_up)
         self._dispatcher = Dispatcher(self._send, self._set_up, self.catalog, metrics)
-        self._merging = Merging(self.catalog, self._dispatcher, self._preparation.encode_text)
+        self._merging = Merging(self.catalog, self._dispatcher, self._preparation.encode_probe)
         self._supervisor = Supervisor(
             lambda: EngineClient(engine_command, config.engine, self._dispatcher.receive),
             self._dispatcher,

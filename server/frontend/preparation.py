@@ -14,7 +14,7 @@ from server.frontend.detokenizer import Detokenizer, TokenBytes
 from server.frontend.stop_strings import StopStrings
 from server.frontend.tokenizer import Tokenizer
 from server.frontend.types import GenerateRequest
-from server.frontend.validation import check_request, output_budget
+from server.frontend.validation import check_known, check_request, output_budget
 
 # Characters that take about a millisecond to encode; longer prompts are encoded in a thread.
 _ENCODE_INLINE = 2048
@@ -37,9 +37,11 @@ class Preparation:
         self._tokenizer = Tokenizer.load(base.path)
         self._token_bytes = TokenBytes(self._tokenizer.backend)
 
-    def encode_text(self, text: str) -> list[int]:
-        """Plain text as tokens."""
-        return self._tokenizer.encode_text(text, len(text) + 1)
+    def encode_probe(self, text: str) -> list[int]:
+        """The text of a merge's probe as tokens. Raises InvalidRequest for one that the base does not know."""
+        tokens = self._tokenizer.encode_text(text, len(text) + 1)
+        check_known("probe_text", tokens, self._vocab_size)
+        return tokens
 
     def check(self, request: GenerateRequest, info: Ready) -> None:
         """Raises InvalidRequest for what is wrong whatever the adapter and the tokens of the prompt."""
@@ -54,8 +56,9 @@ class Preparation:
         self, request: GenerateRequest, info: Ready, request_id: str, version: Version | None
     ) -> Prepared:
         """Of a checked request, for an adapter or (None) the base. Raises InvalidRequest when the prompt does not
-        fit."""
+        fit, or has a token that the base does not know."""
         field, prompt = await self._encode(request, info.max_model_len)
+        check_known(field, prompt, self._vocab_size)
         max_tokens = output_budget(field, len(prompt), request.max_tokens, info.max_model_len)
         sampling = request.sampling
         if sampling.seed is None:  # chosen here, so that a sequence that is computed again draws the same tokens

@@ -37,6 +37,15 @@ def output_budget(field: str, prompt_tokens: int, max_tokens: int | None, max_mo
     return max_tokens
 
 
+def check_known(field: str, tokens: list[int], vocab_size: int) -> None:
+    """Of what a tokenizer made of `field`: some have tokens that were added to them, and never to the model."""
+    if (largest := max(tokens, default=0)) >= vocab_size:
+        raise InvalidRequest(
+            field,
+            f"has the token {largest}, which the base's tokenizer has and the base has not: ids are below {vocab_size}",
+        )
+
+
 def _check_prompt(request: GenerateRequest, vocab_size: int, max_model_len: int) -> None:
     prompt = request.prompt
     if not prompt:
