@@ -64,7 +64,7 @@ class Bucket:
         from obstore.exceptions import NotModifiedError
 
         try:
-            with self._errors(key):
+            with self._errors(key, may_be_missing=True):
                 found = obstore.get(self._quick, key, options={"if_none_match": known.etag} if known else None)
                 if found.meta["size"] > _MAX_OBJECT_BYTES:
                     raise StoreUnavailable(f"{self.location}/{key} is damaged: {found.meta['size']} bytes")
@@ -98,7 +98,7 @@ class Bucket:
         """The bytes of an object, in order. Raises FileNotFoundError."""
         import obstore
 
-        with self._errors(key):
+        with self._errors(key, may_be_missing=True):
             for chunk in obstore.get(self._bulk, key).stream(min_chunk_size=_CHUNK_BYTES):
                 yield bytes(chunk)
 
@@ -118,7 +118,7 @@ class Bucket:
         import obstore
 
         try:
-            with self._errors(key):
+            with self._errors(key, may_be_missing=True):
                 when: datetime = obstore.head(self._quick, key)["last_modified"]
                 return when.timestamp()
         except FileNotFoundError:
@@ -128,11 +128,11 @@ class Bucket:
         """What is not there is fine."""
         import obstore
 
-        with contextlib.suppress(FileNotFoundError), self._errors(key):
+        with contextlib.suppress(FileNotFoundError), self._errors(key, may_be_missing=True):
             obstore.delete(self._quick, key)
 
     @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def _errors(self, key: str, *, may_be_missing: bool = False) -> Iterator[None]:
         """Turns obstore's errors into the store's, but for those that are answers."""
         from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 
@@ -143,6 +143,8 @@ class Bucket:
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise self._unavailable(key, "there is no such bucket") from error
+            if not may_be_missing:
+                raise self._unavailable(key, _reason(str(error))) from error
             raise
         except BaseError as error:
             raise self._unavailable(key, _reason(str(error))) from error

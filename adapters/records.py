@@ -31,15 +31,15 @@ class LabelMove:
 class NameRecord:
     """All of one name. `versions` are digests in the order they were first published, `history` the last moves.
 
-    There is always a label `latest`, and every label points at one of the versions: else ValueError. `nonce`, in a
-    remote store, is another after every write, so that a writer knows its own from an equal one.
+    There is always a label `latest`, and every label points at one of the versions: else ValueError. `nonces`, in a
+    remote store, are of the last writes, so that a writer knows whether its own was one of them.
     """
 
     name: str
     labels: Mapping[str, str]
     versions: tuple[str, ...]
     history: tuple[LabelMove, ...]
-    nonce: str = ""
+    nonces: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not is_name(self.name) or not all(map(is_digest, self.versions)):

@@ -131,7 +131,8 @@ class RemoteStore(NamedVersions):
             digest = ready.manifest.digest
             with self._files.locked():
                 self._files.place(ready.content, digest)
-        with self._files.lease(digest):
+                lease = self._files.lease(digest)  # before anyone can collect it
+        with lease:
             self._versions.upload(digest)
             record = self._records.replace(name, lambda now: published(now, name, label, digest, utc_now(), expected))
             self._versions.upload(digest)  # again, in case it was taken for garbage before the record spoke for it

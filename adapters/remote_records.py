@@ -16,6 +16,7 @@ from adapters.seen import Seen, SeenRecords
 
 _MAX_TRIES = 30
 _MAX_PAUSE = 0.1  # seconds, between tries
+_REMEMBERED_WRITES = 32  # in a record: how many others may write between a writer's two tries
 
 
 class RemoteRecords:
@@ -41,7 +42,7 @@ class RemoteRecords:
     @property
     def is_away(self) -> bool:
         """Whether the service was found to be away a moment ago, so that names mean what they last meant."""
-        return self._clock() < self._away_until
+        return 0 < self._away_until - self._clock() <= RETRY_AFTER  # more: the clock was set back since
 
     def names(self) -> list[str]:
         """All names in the bucket, sorted."""
@@ -62,7 +63,7 @@ class RemoteRecords:
         seen = self._seen.get(name)
         if seen is not None and 0 <= now - seen.at < self._fresh_seconds:
             return seen
-        if seen is not None and now < self._away_until and now - seen.at <= self._max_stale_seconds:
+        if seen is not None and self.is_away and now - seen.at <= self._max_stale_seconds:
             return seen  # asked a moment ago
         try:
             source = self._bucket.read(key, seen.source if seen else None)
@@ -91,19 +92,19 @@ class RemoteRecords:
     def replace(self, name: str, change: Callable[[NameRecord | None], NameRecord]) -> NameRecord:
         """Replace a record, None where there is none, by what `change` makes of it; from the start again whenever
         another writer came first."""
-        key, written = _key(name), b""
+        key, nonces = _key(name), set[str]()
         for _ in range(_MAX_TRIES):
             source = self._bucket.read(key)
             record = self._decode(name, source) if source else None
-            # What we wrote may be there already although the answer said otherwise, or got lost.
-            is_done = source is not None and source.data == written
+            # What we wrote may be there already, others' changes on it, although the answer said otherwise or got lost.
+            is_done = record is not None and not nonces.isdisjoint(record.nonces)
             updated = record if record is not None and is_done else change(record)
             if source is not None and updated is record:
                 return self._remember(Seen(updated, source, self._clock())).record
-            updated = dataclasses.replace(updated, nonce=secrets.token_hex(8))
-            written = canonical_json(updated)
+            nonces.add(nonce := secrets.token_hex(8))
+            updated = dataclasses.replace(updated, nonces=(*updated.nonces, nonce)[-_REMEMBERED_WRITES:])
             try:
-                source = self._bucket.write(key, written, source)
+                source = self._bucket.write(key, canonical_json(updated), source)
             except Conflict:
                 time.sleep(random.uniform(0, _MAX_PAUSE))
             else:

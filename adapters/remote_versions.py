@@ -34,6 +34,13 @@ class RemoteVersions:
             manifest = decode_json(path.read_bytes(), Manifest)
             if not manifest_faults(manifest, digest):
                 return manifest
+        manifest = self._manifest_in_bucket(digest)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, canonical_json(manifest))
+        return manifest
+
+    def _manifest_in_bucket(self, digest: str) -> Manifest:
         found = self._bucket.read(_key(digest, MANIFEST_FILE))
         if found is None:
             raise AdapterNotFound(f"no version {digest} in the store at {self._bucket.location}")
@@ -44,9 +51,6 @@ class RemoteVersions:
             faults = [f"{MANIFEST_FILE}: {error}"]
         if faults:
             raise self._damaged(digest, faults)
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, found.data)
         return manifest
 
     def fetch(self, digest: str) -> Path:
@@ -73,7 +77,9 @@ class RemoteVersions:
         """What of the bucket's files is not as published, whatever the cache holds."""
         with store_errors(self._files.root), self._files.staged() as stage:
             try:
-                return self._download(self.manifest(digest), stage)
+                return self._download(self._manifest_in_bucket(digest), stage)
+            except AdapterNotFound:
+                return [f"{MANIFEST_FILE}: is not in the bucket"]
             except InvalidAdapter as error:
                 return list(error.faults)
 

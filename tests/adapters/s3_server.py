@@ -1,6 +1,7 @@
 """A real S3 server (moto's) on loopback, in this process, that can be stopped and started again."""
 
 import logging
+import socket
 import threading
 import urllib.request
 from collections.abc import Iterable
@@ -18,7 +19,10 @@ class S3Server:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
-        self.port = 0
+        self._claim = socket.socket()  # bound and no more: while stopped, nobody is there and nobody else gets the port
+        self._claim.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._claim.bind(("127.0.0.1", 0))
+        self.port: int = self._claim.getsockname()[1]
         self.start()
 
     @property
@@ -40,7 +44,6 @@ class S3Server:
         self._server = make_server(
             "127.0.0.1", self.port, self._serialised, threaded=True, request_handler=MotoRequestHandler
         )
-        self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
 

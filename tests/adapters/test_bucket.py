@@ -58,6 +58,25 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes | Non
         server.server_close()
 
 
+WRITES: dict[str, Callable[[Bucket], object]] = {
+    "create": lambda bucket: bucket.write("names/a.json", b"x", None),
+    "overwrite": lambda bucket: bucket.overwrite("versions/x/y", b"x"),
+    "find": lambda bucket: bucket.find("names"),
+}
+
+
+@pytest.mark.parametrize("call", WRITES)
+def test_a_service_that_knows_nothing_of_buckets_is_an_unavailable_store(
+    call: str, answering: Callable[[bytes | None], Bucket]
+) -> None:
+    """Its answer to everything is 404; where that cannot mean "no such object", it is an error."""
+    bucket = answering(b"HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\noops")
+    assert bucket.read("names/a.json") is None
+    with pytest.raises(StoreUnavailable, match=r"s3://bucket/x .*404") as caught:
+        WRITES[call](bucket)
+    assert "\n" not in caught.value.message
+
+
 # Files may be large and slow; and to a deletion any 200 is a good answer.
 SLOW, GOOD = {"too much", "silence"}, {"cut short"}
 PAIRS = [(answer, call) for answer in ANSWERS for call in CALLS if call == "read" or answer not in SLOW]

@@ -1,5 +1,6 @@
 """A store in a bucket, on a real server: what every store does, many writers at once, and the server being away."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -7,11 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from adapters import files
 from adapters.bucket import Bucket, Conflict, open_bucket
 from adapters.errors import (
     AdapterError,
@@ -28,6 +31,7 @@ from adapters.registry import AdapterRegistry
 from adapters.remote import RemoteStore, default_cache, open_remote
 from adapters.store import AdapterStore
 from adapters.stores import open_store
+from adapters.versions import VersionFiles
 from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, tensors, write_adapter
 from tests.adapters.s3_server import S3Server
 
@@ -222,6 +226,21 @@ def test_while_the_service_is_away_what_is_here_goes_on(
     assert sorted(reader.names()) == ["cold", "new", "warm"]
 
 
+def test_a_clock_that_is_set_back_does_not_prolong_an_outage(
+    location: str, store: RemoteStore, machine: Callable[..., RemoteStore], clock: Clock, sources: list[Path]
+) -> None:
+    bucket = Guarded(open_bucket(location))
+    reader = machine(bucket=bucket)
+    reader.publish(sources[0], "a", **PUBLISH)
+    bucket.fails_from = bucket.calls
+    reader.resolve("a")
+    bucket.fails_from = None
+    second = store.publish(sources[1], "a", **PUBLISH).digest
+    clock.now -= 3000
+    assert reader.resolve("a").digest == second
+    assert not reader.is_away
+
+
 def test_an_outage_is_asked_about_once_and_not_at_every_request(
     location: str, machine: Callable[..., RemoteStore], clock: Clock, sources: list[Path]
 ) -> None:
@@ -366,6 +385,32 @@ def test_a_lost_answer_is_not_taken_for_another_writer(
     assert len(store.record("a").history) == 3
 
 
+class LosingAnAnswer(Guarded):
+    """As `LosingAnswers`, the first alone; by the time of the second try someone else has written too."""
+
+    def __init__(self, bucket: Bucket, other: Callable[[], object]) -> None:
+        super().__init__(bucket)
+        self._others = [other]
+
+    def write(self, *args: Any) -> Any:
+        written = self._bucket.write(*args)
+        while self._others:
+            self._others.pop()()
+            raise Conflict("412 from the second try")
+        return written
+
+
+def test_a_lost_answer_is_known_under_what_others_wrote_since(
+    location: str, store: RemoteStore, machine: Callable[..., RemoteStore], sources: list[Path]
+) -> None:
+    first, second = (store.publish(source, "a", **PUBLISH).digest for source in sources[:2])
+    other = partial(store.move_label, "a", "prod", second)
+    unlucky = machine(bucket=LosingAnAnswer(open_bucket(location), other))
+    assert unlucky.rollback("a").digest == first, "a second one would undo it"
+    assert store.labels("a") == {"latest": first, "prod": second}
+    assert len(store.record("a").history) == 4
+
+
 class Overtaken(Guarded):
     """Another writer comes in before the first write."""
 
@@ -415,6 +460,48 @@ def test_what_is_damaged_on_the_way_is_refused(
     if what != "flipped":
         store.publish(sources[0], "a", **PUBLISH)  # mends it
         other.fetch(version.digest)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda bucket, key: bucket.delete(key), lambda bucket, key: bucket.overwrite(key, b"{")]
+)
+def test_a_manifest_that_only_the_cache_still_has_is_told_and_mended(
+    damage: Callable[[Bucket, str], None],
+    location: str,
+    store: RemoteStore,
+    machine: Callable[..., RemoteStore],
+    sources: list[Path],
+) -> None:
+    version = store.publish(sources[0], "a", **PUBLISH)
+    damage(open_bucket(location), f"versions/{version.digest.replace(':', '-')}/manifest.json")
+    with pytest.raises(InvalidAdapter, match=r"is damaged: manifest\.json: "):
+        store.verify(version)
+    store.publish(sources[0], "a", **PUBLISH)
+    store.verify(version)
+    machine().fetch(version.digest)
+
+
+def test_what_is_being_published_is_not_collected_from_the_cache(
+    machine: Callable[..., RemoteStore], sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the moment after it was put there, by another process that makes room."""
+    mine, others, lock = machine("shared"), VersionFiles(tmp_path / "shared"), files.locked
+
+    @contextlib.contextmanager
+    def locked(path: Path) -> Iterator[None]:
+        with lock(path):
+            yield
+        if collected.entered:
+            return
+        collected.entered = True
+        others.collect(set)
+        collected.entered = False
+
+    collected = SimpleNamespace(entered=False)
+    monkeypatch.setattr("adapters.versions.locked", locked)
+    version = mine.publish(sources[0], "a", **PUBLISH)
+    mine.verify(version)
+    assert version.path.is_dir()
 
 
 @pytest.mark.parametrize(
