@@ -110,7 +110,10 @@ def canonical_json(value: object) -> bytes:
 
 def decode_json(raw: bytes, kind: type[T]) -> T:
     """The inverse, checked against the fields' types. Raises ValueError."""
-    return msgspec.json.decode(raw, type=kind)
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def utc_now() -> str:

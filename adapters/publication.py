@@ -73,9 +73,20 @@ def prepared(
             manifest = describe(
                 content, layout, linears, base, training=training, trained_base=trained_base, notes=notes
             )
-            write_file(content / MANIFEST_FILE, canonical_json(manifest))
+            write_file(content / MANIFEST_FILE, _encoded(manifest))
             sync_directory(content)
             yield Prepared(stage, content, manifest)
+
+
+def _encoded(manifest: Manifest) -> bytes:
+    """As canonical JSON. Raises InvalidAdapter for what is not Unicode, as in file names of other encodings."""
+    try:
+        return canonical_json(manifest)
+    except UnicodeEncodeError as error:
+        raise InvalidAdapter(
+            f"{MANIFEST_FILE}: {error.object!a:.80} cannot be written in UTF-8; is it a note, or the base's name?",
+            faults=[f"{MANIFEST_FILE}: text that is not UTF-8"],
+        ) from None
 
 
 def _trained_base(origin: Manifest | None, base: BaseReference, allow_mismatch: bool) -> BaseReference | None:

@@ -76,6 +76,8 @@ def export_version(store: Store, version: Version, directory: Path) -> None:
     PeftModel loads it, and a store that it is published to again knows what it was trained on by its manifest.
     Raises FileExistsError, and OSError when it cannot be written; InvalidAdapter when the version is damaged.
     """
+    if not directory.name:  # "." or "/"
+        raise FileExistsError(f"{directory}: cannot be replaced; name a directory in it")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory}: is there already, and not an empty directory")
     path = store.fetch(version.digest)

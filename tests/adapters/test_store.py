@@ -12,6 +12,7 @@ from adapters.errors import AdapterNotFound, InvalidAdapter, InvalidAdapterId, S
 from adapters.layout import read_layout
 from adapters.manifest import Manifest, Scores, TrainingInfo, canonical_json, decode_json
 from adapters.store import AdapterStore, default_store_root
+from adapters.transfer import export_version
 from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, config, tensors, write_adapter
 
 
@@ -224,6 +225,14 @@ def test_numbers_that_json_cannot_hold_are_refused(where: str, store: AdapterSto
         store.publish(write_adapter(tmp_path / "source"), "a", training=training, **PUBLISH)
 
 
+@pytest.mark.parametrize("changes", [{"notes": "ahoy\udcff"}, {"base_name": "bas\udce9"}])
+def test_text_that_utf_8_cannot_hold_is_refused(changes: dict[str, str], store: AdapterStore, tmp_path: Path) -> None:
+    with pytest.raises(InvalidAdapter, match=r"manifest\.json: '(ahoy|bas)\\udc..' cannot be") as caught:
+        store.publish(write_adapter(tmp_path / "source"), "a", **{**PUBLISH, **changes})
+    assert caught.value.message.isascii()
+    assert store.names() == []
+
+
 @pytest.mark.parametrize(
     "raw",
     ['{"eva_config": {"x": 1e999}}', '{"eva_config": ' + "[" * 900 + "]" * 900 + "}", '{"revision": "\\ud800"}'],
@@ -236,6 +245,13 @@ def test_odd_but_valid_json_breaks_nothing(raw: str, store: AdapterStore, tmp_pa
         store.verify(store.publish(source, "a", **PUBLISH))
     except InvalidAdapter as error:
         assert "adapter_config.json" in error.message  # noqa: PT017  (some are taken, some refused; none may crash)
+
+
+@pytest.mark.parametrize("raw", [b"{", b"\xff", b"[]", b'{"later":' + b"[" * 100_000, b'{"notes": "\\ud800"}'])
+def test_a_manifest_beside_that_is_not_ours_is_passed_over(raw: bytes, store: AdapterStore, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source")
+    (source / "manifest.json").write_bytes(raw)
+    store.verify(store.publish(source, "a", **PUBLISH))
 
 
 def test_links_inside_the_source_are_followed(store: AdapterStore, tmp_path: Path) -> None:
@@ -291,6 +307,18 @@ def test_publishing_again_heals_a_damaged_version(file: str, store: AdapterStore
     store.verify(healed)
 
 
+def test_an_export_takes_no_place_that_cannot_be_replaced(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for place in (".", "/", "../source", "../source/README.md"):
+        with pytest.raises(FileExistsError):
+            export_version(store, version, Path(place))
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 RECORD = {"name": "a", "labels": {"latest": "sha256:" + "0" * 64}, "versions": ["sha256:" + "0" * 64], "history": []}
 
 
@@ -302,6 +330,7 @@ RECORD = {"name": "a", "labels": {"latest": "sha256:" + "0" * 64}, "versions": [
         b"[]",
         b"\xff",
         b'{"name":"a"}',
+        b'{"later":' + b"[" * 100_000,
         *(
             json.dumps({**RECORD, **change}).encode()
             for change in (
