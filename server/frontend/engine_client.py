@@ -188,11 +188,16 @@ class EngineClient:
         if reason is not None and (refusal := REFUSALS.get(status)):
             return refusal(reason)
         if status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
+            how = f"was killed by {_signal_name(-status)}"
             how += " (out of memory?)" if -status == signal.SIGKILL else ""
         else:
             how = f"ended with exit status {status}"
         return EngineUnavailable(f"the engine process {how}" + (f": {reason}" if reason else ""), retry_after=5.0)
+
+
+def _signal_name(number: int) -> str:
+    """Most real-time signals have none."""
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def _private_directory() -> str:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import zmq
+
 from adapters.errors import LorikeetError
 from server.engine.messages import Ready, ToEngine
 from server.errors import EngineUnavailable
@@ -101,6 +103,6 @@ class Supervisor:
             try:
                 await self._start_engine()
                 return delay
-            except (LorikeetError, OSError) as error:
+            except (LorikeetError, OSError, zmq.ZMQError) as error:  # which is no OSError, though files run out
                 logger.error("the engine did not start: %s", error)
                 delay = self._backoff.after(delay, 0.0)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import signal
 import stat
 import tempfile
 from pathlib import Path
@@ -66,11 +67,17 @@ def test_stats_that_come_with_ready_are_heard_after_it(tmp_path: Path) -> None:
     run(test())
 
 
-def test_the_error_says_how_the_engine_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 3, f"signal {signal.SIGRTMIN + 3}")]
+)
+def test_the_error_says_how_the_engine_ended(tmp_path: Path, number: int, name: str) -> None:
     async def test() -> None:
-        async with started(tmp_path) as (frontend, _):
-            with pytest.raises(EngineUnavailable, match="was killed by SIGKILL"):
-                await collect(frontend, request([CRASH, *ids("hello")]))
+        async with started(tmp_path) as (frontend, recorder):
+            asked = asyncio.create_task(collect(frontend, request([HOLD, *ids("hello")])))
+            await recorder.until(lambda: recorder.stats is not None)
+            os.kill(engine_pid(recorder), number)
+            with pytest.raises(EngineUnavailable, match=rf"was killed by {name}\b"):
+                await asked
 
     run(test())
 

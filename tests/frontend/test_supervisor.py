@@ -1,7 +1,10 @@
 """When an engine is started again, on clients that only play their part."""
 
 import asyncio
+import errno
 from typing import cast
+
+import zmq
 
 from adapters.errors import LorikeetError
 from server.engine.messages import Ready
@@ -23,6 +26,8 @@ class ScriptedClient:
     async def start(self) -> Ready:
         if self.part == "fails":
             raise BaseModelError("no weights")
+        if self.part == "gets no socket":
+            raise zmq.ZMQError(errno.EMFILE)
         return READY
 
     async def ended(self) -> LorikeetError:
@@ -51,7 +56,7 @@ class Listener:
 
 def test_a_later_start_that_fails_is_tried_again_and_every_client_is_closed() -> None:
     async def test() -> None:
-        clients = [ScriptedClient(part) for part in ("is lost", "fails", "fails", "is lost", "lives")]
+        clients = [ScriptedClient(part) for part in ("is lost", "fails", "gets no socket", "is lost", "lives")]
         left = iter(clients)
         listener = Listener(num_ups=3)
         supervisor = Supervisor(lambda: cast(EngineClient, next(left)), listener, Backoff(first=0.001, longest=0.002))
