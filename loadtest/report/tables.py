@@ -30,17 +30,17 @@ class Table:
 
 
 def speed(report: Report) -> Table:
-    """Throughput, and percentiles of both latencies, of each mode at each load."""
-    head: tuple[str, ...] = ("mode", "users", "tokens/s", "requests/s")
+    """Throughput, how many requests it and the percentiles are of, and these, of each mode at each load."""
+    head: tuple[str, ...] = ("mode", "users", "tokens/s", "requests/s", "requests")
     times = [(key, share) for key in ("ttft_seconds", "tpot_seconds") for share in ("p50", "p95", "p99")]
     head += tuple(f"{key[:4].upper()} {share}, ms" for key, share in times)
     rows = []
     for mode in report["modes"]:
         for load in mode["loads"]:
-            numbers = (f"{load['output_tokens_per_second']:.1f}", f"{load['requests_per_second']:.2f}")
+            rates = (f"{load['output_tokens_per_second']:.1f}", f"{load['requests_per_second']:.2f}")
             latencies = tuple(milliseconds(load, key, share) for key, share in times)
             failed = sum(load["failures"].values())
-            rows.append((mode["title"], str(load["users"]), *numbers, *latencies, str(failed)))
+            rows.append((mode["title"], str(load["users"]), *rates, str(load["requests"]), *latencies, str(failed)))
     return Table((*head, "failed"), tuple(rows))
 
 

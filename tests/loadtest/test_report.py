@@ -23,6 +23,7 @@ def load(users: int, tokens: float, tpot: float, weights: int) -> dict[str, Any]
         "users": users,
         "output_tokens_per_second": tokens,
         "requests_per_second": tokens / 64,
+        "requests": 9 * users,
         "tpot_seconds": times,
         "ttft_seconds": {name: 4 * value for name, value in times.items()},
         "failures": {"UNAVAILABLE": 2} if users == 16 and tpot > 0.07 else {},
@@ -63,6 +64,7 @@ def test_the_tables_tell_the_numbers(report: dict[str, Any]) -> None:
     assert len(table.rows) == 5 * 3
     first = dict(zip(table.head, table.rows[0], strict=True))
     assert (first["mode"], first["users"], first["tokens/s"]) == ("base, 16-bit", "1", "40.0")
+    assert first["requests"] == "9", "so the p95 and the p99 are the most that there was"
     assert (first["TPOT p50, ms"], first["TTFT p95, ms"], first["failed"]) == ("20.0", "96.0", "0")
     cost = {row[:2]: row[2:] for row in costs(report).rows}
     assert cost["adapters on the 16-bit base", "4"] == ("-10.0 %", "+11.1 %", "+11.1 %")
