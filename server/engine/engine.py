@@ -97,9 +97,8 @@ class Engine:
         self._stats_due = 0.0
         self.ready = ready
 
-    def run(self) -> None:
-        """Serve until Shutdown comes or the front end is gone."""
-        parent = os.getppid()
+    def run(self, parent: int) -> None:
+        """Serve until Shutdown comes or the front end, which has the process id `parent`, is gone."""
         self._channel.send(self.ready)
         while not self._stopping and os.getppid() == parent:
             for message in self._channel.receive(self._wait()):

@@ -24,6 +24,7 @@ BASE_REFUSED = 3
 
 
 def main() -> int:
+    parent = os.getppid()  # now: it may be gone by the time that the base is loaded
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--socket", required=True, help="the ipc:// address that the front end has bound")
     args = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> int:
     except LorikeetError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return CONFIG_REFUSED if isinstance(error, ConfigError) else BASE_REFUSED
-    engine.run()
+    engine.run(parent)
     link.close()
     engine.check_integrity()  # a page, row or lease that was lost shows nowhere else
     return 0

@@ -1,5 +1,6 @@
 """The engine's end of the socket: messages in order, and a loop that is woken."""
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def test_a_load_wakes_the_loop_that_has_nothing_else_to_do(
     config = EngineConfig(
         base_path=str(tmp_path / "base"), base_digest=BASE_DIGEST, kv_cache_bytes=1 << 20, adapter_cache_bytes=8 << 20
     )
-    loop = threading.Thread(target=build_engine(config, link).run, daemon=True)
+    loop = threading.Thread(target=build_engine(config, link).run, args=(os.getppid(),), daemon=True)
     loop.start()
     front_end.send(LoadAdapter("load", adapter))
     while not isinstance(message := front_end.receive(), CallDone):
