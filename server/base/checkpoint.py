@@ -60,7 +60,7 @@ def weight_files(directory: Path) -> tuple[Path, ...]:
         )
     files = tuple(directory / name for name in names)
     for file in files:
-        _check_length(file)
+        _header(file)
     return files
 
 
@@ -68,10 +68,7 @@ def tensor_headers(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Each tensor's dtype, as safetensors names it, and shape. Raises BaseModelError as `weight_files` does."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in weight_files(directory):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found |= {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in entries.items()}
+        found |= _header(file)
     return found
 
 
@@ -139,18 +136,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_length(file: Path) -> None:
-    """Refuse a file that is not safetensors (a Git LFS pointer, say) or ends before its last tensor does."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each tensor's dtype and shape. Refuses a file that is not safetensors (a Git LFS pointer, say) or ends before its
+    last tensor does."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length) if 8 + length <= size else b"")
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
-            raise BaseModelError(f"{file}: is not a safetensors file; download it again") from error
-    if size != 8 + length + max(ends, default=0):
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except OSError as error:
+        raise BaseModelError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise BaseModelError(f"{file}: is not a safetensors file; download it again") from error
+    if size != 8 + length + end:
         raise BaseModelError(f"{file}: is cut short or has extra bytes; download it again")
+    return found
 
 
 def _no_weights(directory: Path) -> str:

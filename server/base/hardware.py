@@ -1,5 +1,6 @@
 """What this machine has, asked without torch: free memory, and the first GPU."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def this_gpu() -> Gpu | None:
 
 def free_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     """Memory that is free now. Raises ConfigError where the system does not say."""
-    for line in meminfo.read_text().splitlines():
+    lines: list[str] = []
+    with contextlib.suppress(OSError):  # not Linux
+        lines = meminfo.read_text().splitlines()
+    for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("cannot tell the free memory of this machine; set --kv-cache-memory and --adapter-memory")

@@ -51,16 +51,19 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Read a Hugging Face config. Raises UnsupportedModel naming the family or setting that is not supported."""
+        """Read a Hugging Face config. Raises UnsupportedModel naming the family or setting that is not supported,
+        KeyError for a field that is missing, ValueError or TypeError for one of the wrong kind."""
         family = config.get("model_type")
         if family not in FAMILIES:
             raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
         stored_quantization(config)  # refuses methods that are not supported
         if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise UnsupportedModel(f"hidden_act {act!r} is not supported; supported is silu")
-        heads = config["num_attention_heads"]
-        hidden = config["hidden_size"]
-        max_position = config["max_position_embeddings"]
+        heads, hidden = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+        kv_heads = _size(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise UnsupportedModel(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        max_position = _size(config, "max_position_embeddings")
         _refuse_sliding_window(config, family, max_position)
         theta, scaling = _rope(config)
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -70,12 +73,12 @@ class ModelSpec:
         return cls(
             family=family,
             hidden_size=hidden,
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
+            intermediate_size=_size(config, "intermediate_size"),
+            num_layers=_size(config, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
-            vocab_size=config["vocab_size"],
+            num_kv_heads=kv_heads,
+            head_dim=_size(config, "head_dim", 128 if family == "qwen3" else hidden // heads),
+            vocab_size=_size(config, "vocab_size"),
             max_position=max_position,
             rms_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
@@ -106,6 +109,14 @@ class ModelSpec:
             "mlp.down_proj": (hidden, inter),
         }
         return {f"model.layers.{i}.{name}": size for i in range(self.num_layers) for name, size in layer.items()}
+
+
+def _size(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """The field, or where it is absent or null the default, if there is one."""
+    value = config[name] if default is None else config.get(name) or default
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -4,6 +4,7 @@ The engine's kernels choose by `fits_cpu_operator` and `fits_hopper`; `weight_by
 test compares it with what the engine says. Sizes are bytes, shapes [out, in]. No torch.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,6 +14,7 @@ from typing import Any
 from server.base.memory import ITEM_BYTES
 from server.base.quantization import BLOCK_SIZES, HEAD, QUANT_TYPES, Quantization, stored_quantization
 from server.base.spec import ModelSpec
+from server.errors import BaseModelError
 
 # Double quantization: absmax that share one of their own.
 NESTED_BLOCK_SIZE = 256
@@ -104,7 +106,7 @@ def stored_formats(
     spec: ModelSpec, config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]] | None
 ) -> Formats:
     """As the checkpoint holds them: by its `tensors`, name → (dtype, shape) of the safetensors headers, or without them
-    (None) as its config says, in blocks of 64."""
+    (None) as its config says, in blocks of 64. Raises BaseModelError where those lack one."""
     if (quant_type := stored_quantization(config)) is None:
         return {}
     shapes = {**spec.linears(), HEAD: (spec.vocab_size, spec.hidden_size)}
@@ -117,7 +119,10 @@ def stored_formats(
     found = {}
     for path, (out, features) in shapes.items():
         if any(f"{path}.weight.quant_state.bitsandbytes__{kind}" in tensors for kind in QUANT_TYPES):
-            dtype, (blocks, *_) = tensors[f"{path}.weight.absmax"]
+            if (absmax := f"{path}.weight.absmax") not in tensors:
+                raise BaseModelError(f"the checkpoint has no tensor {absmax}")
+            dtype, shape = tensors[absmax]
+            blocks = math.prod(shape)
             size = next((size for size in BLOCK_SIZES if -(-out * features // size) == blocks), BLOCK_SIZES[-1])
             found[path] = FourBits(size, double=dtype == "U8")
     return found

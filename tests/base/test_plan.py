@@ -13,6 +13,7 @@ from bitsandbytes.functional import has_avx512bf16
 
 from loadtest.serving import Server
 from server.base.checkpoint import read_config, tensor_headers
+from server.base.hardware import free_host_bytes
 from server.base.memory import ITEM_BYTES, adapter_rows
 from server.base.plan import Load, Plan, advice, plan
 from server.base.quantization import Quantization, wanted_quantization
@@ -24,6 +25,7 @@ from server.cli import main
 from server.cli.exits import ExitCode
 from server.config import EngineConfig
 from server.engine.build import build_engine
+from server.errors import BaseModelError, ConfigError
 from server.kernels import four_bit
 from server.kernels.linear import _onednn_supports
 from server.quantization.convert import convert
@@ -106,6 +108,14 @@ def test_a_4_bit_checkpoint_is_foretold_by_its_tensors(tmp_path: Path, quantizat
         config = read_config(made_of)
         spec = ModelSpec.from_config(config)
         assert weight_bytes(spec, "bfloat16", stored_formats(spec, config, None), this_cpu()) == made.memory["weights"]
+
+
+def test_a_4_bit_checkpoint_without_scales_is_refused() -> None:
+    config = {**CONFIGS["smollm2-135m"], "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+    weight = "model.layers.0.mlp.up_proj.weight"
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {f"{weight}.quant_state.bitsandbytes__nf4": ("U8", (80,))}
+    with pytest.raises(BaseModelError, match=rf"no tensor {weight}\.absmax"):
+        stored_formats(ModelSpec.from_config(config), config, tensors)
 
 
 def test_this_cpu_is_seen_as_torch_and_bitsandbytes_see_it() -> None:
@@ -203,6 +213,17 @@ def test_what_cannot_be_planned_is_one_line(
     assert ended == code
     assert said in line
     assert line.count("\n") == 1
+
+
+def test_a_system_that_does_not_say_what_is_free_asks_for_the_options(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    for text in (None, "MemTotal: 5 kB\n"):
+        if text is not None:
+            meminfo.write_text(text)
+        with pytest.raises(ConfigError, match="set --kv-cache-memory"):
+            free_host_bytes(meminfo)
+    meminfo.write_text("MemTotal: 5 kB\nMemAvailable: 3 kB\n")
+    assert free_host_bytes(meminfo) == 3072
 
 
 def test_it_loads_no_torch() -> None:

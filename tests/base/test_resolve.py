@@ -131,6 +131,9 @@ def test_what_is_missing_is_named(base: Path, tmp_path: Path) -> None:
         (json.dumps({key: value for key, value in CONFIG.items() if key != "hidden_size"}), "hidden_size is missing"),
         (json.dumps(CONFIG | {"num_attention_heads": "two"}), "wrong kind"),
         (json.dumps(CONFIG | {"num_attention_heads": 0}), "wrong kind"),
+        (json.dumps(CONFIG | {"hidden_size": "8", "head_dim": 4}), "hidden_size is '8'"),
+        (json.dumps(CONFIG | {"num_hidden_layers": -1}), "num_hidden_layers is -1"),
+        (json.dumps(CONFIG | {"vocab_size": None}), "vocab_size is None"),
     ],
 )
 def test_a_broken_config_is_refused_in_one_line(base: Path, text: str, words: str) -> None:
@@ -156,6 +159,29 @@ def test_weights_cut_short_or_not_weights_are_refused(base: Path) -> None:
     for junk in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"", b"\0" * 8, whole[:4]):
         weights.write_bytes(junk)
         assert "safetensors" in refusal(base)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [0], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": 0, "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [0], "data_offsets": ["a", "b"]},
+        {"dtype": "F32", "shape": [0]},
+    ],
+    ids=str,
+)
+def test_a_header_that_does_not_describe_tensors_is_refused(base: Path, entry: dict[str, Any]) -> None:
+    header = json.dumps({"w": entry}).encode()
+    (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "not a safetensors file" in refusal(base)
+
+
+def test_weights_that_cannot_be_read_are_named(base: Path) -> None:
+    weights = base / "model.safetensors"
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")  # opens, and cannot be read from its beginning
+    assert "model.safetensors: cannot be read" in refusal(base)
 
 
 def test_a_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

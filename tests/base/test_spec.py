@@ -89,6 +89,7 @@ def test_the_older_spelling_of_rope_and_dtype_means_the_same(tmp_path: Path) -> 
         ({"model_type": None}, ["None", "llama"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantized", "gptq"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
+        ({"num_key_value_heads": 4}, ["num_attention_heads 6", "num_key_value_heads 4"]),
         ({"dtype": "float8_e4m3fn"}, ["dtype", "float8_e4m3fn", "bfloat16"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, ["yarn", "llama3"]),
         ({"model_type": "mistral", "sliding_window": 32}, ["sliding_window", "32"]),
