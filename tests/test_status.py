@@ -83,6 +83,15 @@ def test_names_past_the_cap_of_labels_are_not_given_each_other_s_traffic() -> No
     assert cells(page, "all others")[5] == "2"
 
 
+def test_an_adapter_that_is_named_as_the_base_s_label_is_not_counted_as_the_base() -> None:
+    metrics = Metrics()
+    metrics.first_token(adapter="", residency="device", seconds=0.1)
+    for _ in range(2):
+        metrics.first_token(adapter="base", residency="device", seconds=0.1)
+    page = rendered(metrics, entry("base", "sha256:1"))
+    assert [cells(page, name)[5] for name in ("the base", "base", "all others")] == ["1", "", "2"]
+
+
 def test_of_many_adapters_it_shows_some_and_says_so() -> None:
     page = rendered(Metrics(), *(entry(f"a{i}", f"sha256:{i}") for i in range(MAX_ROWS + 5)))
     assert page.count("<tr>") == 1 + 1 + MAX_ROWS  # the head, the base

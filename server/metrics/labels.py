@@ -5,7 +5,7 @@ OTHER_LABEL = "_other"
 
 
 class AdapterLabels:
-    """The first `limit` names seen keep theirs, all later ones share `_other`."""
+    """The first `limit` names seen keep theirs; all later ones, and one that is the base's label, share `_other`."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -16,7 +16,7 @@ class AdapterLabels:
             return BASE_LABEL
         if name in self._names:
             return name
-        if len(self._names) < self._limit:
+        if len(self._names) < self._limit and name != BASE_LABEL:
             self._names.add(name)
             return name
         return OTHER_LABEL
