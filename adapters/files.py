@@ -115,6 +115,15 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def make_directory(path: Path) -> None:
+    """A directory, and those above it that there are not, on disk when this returns."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        with contextlib.suppress(PermissionError):  # a parent that may be written and not read
+            sync_directory(path.parent)
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds the exclusive lock of a lock file among processes and threads; the kernel drops it when one dies."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adapters.errors import AdapterNotFound, StoreUnavailable
-from adapters.files import store_error, store_errors, sync_directory, user_directory, write_file
+from adapters.files import make_directory, store_error, store_errors, sync_directory, user_directory, write_file
 from adapters.ids import DEFAULT_LABEL, check_digest, check_label, check_name, is_name
 from adapters.leases import Lease
 from adapters.manifest import BaseReference, TrainingInfo, canonical_json, decode_json, utc_now
@@ -122,7 +122,7 @@ class AdapterStore(NamedVersions):
         base = BaseReference(digest=check_digest(base_digest), name=base_name)
         options = PublishOptions(training, notes, limits, allow_zero, allow_base_mismatch)
         with prepared(self._files, source, base, linears, options) as ready:
-            self._names.mkdir(exist_ok=True)
+            make_directory(self._names)
             with self._files.locked():
                 record = self._commit(ready, name, label, expected)
         return self.version(record, ready.manifest.digest)

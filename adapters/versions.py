@@ -15,7 +15,7 @@ from pathlib import Path
 
 from adapters.content import damage
 from adapters.errors import AdapterNotFound, StoreUnavailable
-from adapters.files import locked, store_error, sync_directory
+from adapters.files import locked, make_directory, store_error, sync_directory
 from adapters.ids import check_digest, is_digest
 from adapters.leases import Lease, lease_directory, unleased
 from adapters.manifest import MANIFEST_FILE, Manifest, decode_json
@@ -114,7 +114,7 @@ class VersionFiles:
     def staged(self) -> Iterator[Path]:
         """A directory on the same disk in which to prepare something, gone afterwards."""
         for directory in (self.directory, self._staging):
-            directory.mkdir(parents=True, exist_ok=True)
+            make_directory(directory)
         with staging_directory(self._staging, self._lock) as stage:
             yield stage
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +78,44 @@ def test_a_failing_disk_leaves_the_old_state_wherever_it_fails(
         at += 1
     assert at > 10
     assert digest_of(store, "a") == result
+
+
+def test_a_first_publication_is_on_disk_with_all_directories_above_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut takes what was put into a directory after that was last synced."""
+    put: set[Path] = set()
+    lost: set[Path] = set()
+    mkdir, fsync, rename, replace = Path.mkdir, os.fsync, Path.rename, Path.replace
+
+    def putting(path: Path) -> None:
+        put.add(path)
+        lost.add(path)
+
+    def making(path: Path, *args: Any, **kwargs: Any) -> None:
+        if not path.exists():
+            putting(path)
+        mkdir(path, *args, **kwargs)
+
+    def moving(move: Callable[[Path, Path], Path], path: Path, target: Path) -> Path:
+        putting(target)
+        return move(path, target)
+
+    def syncing(fd: int) -> None:
+        synced = Path(f"/proc/self/fd/{fd}").readlink()
+        lost.difference_update([path for path in lost if path.parent == synced])
+        fsync(fd)
+
+    monkeypatch.setattr(Path, "mkdir", making)
+    monkeypatch.setattr(Path, "rename", lambda path, target: moving(rename, path, target))
+    monkeypatch.setattr(Path, "replace", lambda path, target: moving(replace, path, target))
+    monkeypatch.setattr(os, "fsync", syncing)
+    store = AdapterStore(tmp_path / "new" / "store")
+    version = store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+    wanted = {version.path, store.root / "names" / "a.json"}
+    wanted |= {parent for path in wanted for parent in path.parents if parent.is_relative_to(tmp_path / "new")}
+    assert wanted <= put
+    assert not wanted & lost
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
