@@ -45,11 +45,14 @@ class Checkpoint:
         return tensor.clone() if self._device.type == "cpu" else tensor  # the mapped file would stay its storage
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor in the wanted dtype on the device. Raises BaseModelError when absent or of another shape."""
+        """The tensor in the wanted dtype on the device. Raises BaseModelError when absent, of another shape, or
+        in 8 bits, which mean nothing without scales."""
         tensor = self.stored(name)
         path = self._directory / self._files[name]
         if tensor.dtype is torch.uint8:
             raise BaseModelError(f"{path}: {name} is quantized, but its {STATE}* is missing")
+        if tensor.dtype not in (*DTYPES.values(), torch.float64):
+            raise BaseModelError(f"{path}: {name} is {str(tensor.dtype).removeprefix('torch.')}, not 16 or 32 bits")
         if tuple(tensor.shape) != shape:
             raise BaseModelError(f"{path}: {name} is {list(tensor.shape)}, config.json says {list(shape)}")
         return tensor.to(self._dtype)

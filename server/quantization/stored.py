@@ -47,6 +47,8 @@ def read_quantized(
     packed = read(weight).flatten().view(torch.uint8)
     _check(packed.numel() * 2 == shape[0] * shape[1], weight, f"holds {2 * packed.numel()} codes for {shape}")
     absmax = read(f"{weight}.absmax").flatten()
+    is_number = absmax.dtype is torch.uint8 or absmax.dtype.is_floating_point
+    _check(is_number, f"{weight}.absmax", f"is {absmax.dtype}, neither a float nor uint8")
     _check(absmax.numel() == num_blocks, f"{weight}.absmax", f"has {absmax.numel()} values for {num_blocks} blocks")
     nested = _nested(read, weight, state, num_blocks) if absmax.dtype is torch.uint8 else None
     return QuantizedWeight(
@@ -82,6 +84,8 @@ def _state(read: Callable[[str], Tensor], name: str) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(bytes(read(name).cpu().tolist()))
         state["shape"] = [int(size) for size in state["shape"]]
         state["blocksize"] = int(state["blocksize"])
+        if (offset := state.get("nested_offset")) is not None:
+            state["nested_offset"] = float(offset)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise BaseModelError(f"{name}: is not the state of a quantized weight ({error})") from error
     return state
@@ -95,7 +99,7 @@ def _nested(read: Callable[[str], Tensor], weight: str, state: dict[str, Any], n
     expected = -(-num_blocks // NESTED_BLOCK_SIZE)
     _check(absmax.numel() == expected, f"{weight}.nested_absmax", f"has {absmax.numel()} values for {expected} blocks")
     _check(table.numel() == 256, f"{weight}.nested_quant_map", f"has {table.numel()} values, not 256")
-    return NestedScales(absmax, table, torch.tensor(float(state["nested_offset"]), device=absmax.device))
+    return NestedScales(absmax, table, torch.tensor(offset, device=absmax.device))
 
 
 def _check(holds: bool, name: str, message: str) -> None:
