@@ -371,6 +371,13 @@ def test_terminals_get_no_escape_sequences(
     assert capsys.readouterr().out == "a�]0;x�\tb\n\n"
 
 
+def test_errors_have_no_escape_sequences(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is refused may be quoted: a tensor's name, a message that a chat template does not take."""
+    server.refusal = _refusal("FAILED_PRECONDITION", "no layer \x1b]0;x\x07\x9b2J")
+    assert main(["adapters", "load", "x"]) == ExitCode.REFUSED
+    assert _error(capsys) == "no layer �]0;x��2J"
+
+
 # Failing
 
 
@@ -419,6 +426,13 @@ def test_timeout(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None
     server.pieces, server.holds = [], True
     assert main(["generate", "x", "--timeout", "0.2"]) == ExitCode.TIMEOUT
     assert "--timeout" in _error(capsys)
+
+
+def test_a_timeout_past_what_grpc_can_count_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """It would have passed at once."""
+    for command in (["generate", "x"], ["info"], ["health", "--wait"]):
+        assert main([*command, "--timeout", "inf", "--server", "127.0.0.1:1"]) == ExitCode.USAGE
+        assert "--timeout" in _error(capsys)
 
 
 @pytest.mark.parametrize("options", [["--stream"], ["--no-stream"]])

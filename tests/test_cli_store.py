@@ -106,7 +106,8 @@ def test_labels_move_go_back_and_go_away(run: Run, digests: list[str]) -> None:
     assert f"'prod' of adapter 'pirate' is {second}, not {first}" in refused
     assert run("show", "pirate@prod")["digest"] == second
     assert run("label", "pirate", "beta", "latest", "--expect", "absent")["labels"] == ["beta", "latest"]
-    assert run("rollback", "pirate", "prod")["digest"] == first
+    run("rollback", "pirate", "prod", "--expect", "", code=ExitCode.NOT_FOUND)  # as of a variable that is not set
+    assert run("rollback", "pirate", "prod", "--expect", second)["digest"] == first
     assert run("rollback", "pirate")["digest"] == second
     assert "no earlier version" in run("rollback", "pirate", "beta", code=ExitCode.NOT_FOUND)
     assert "no label or version 'nowhere'" in run("label", "pirate", "x", "nowhere", code=ExitCode.NOT_FOUND)

@@ -53,7 +53,7 @@ def rollback(
 ) -> None:
     """Point a label to where it was before its last move; doing it again undoes it."""
     target = open_existing(store)
-    expected = _expected(target.record(name), expect) if expect else None
+    expected = _expected(target.record(name), expect) if expect is not None else None
     moved = target.rollback(name, label, expected=expected)
     print_json(version_fields(moved)) if json else print(f"{name}@{label} is {moved.digest} again")
 

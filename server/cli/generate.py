@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from server.cli.exits import ExitCode, Failure
-from server.cli.options import DEFAULT_SERVER, Debug, Json, Server
+from server.cli.options import DEFAULT_SERVER, MAX_TIMEOUT, Debug, Json, Server
 from server.cli.output import print_json, print_text
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the model's end of text.")] = False,
     request_id: Annotated[str, typer.Option(help="A name for the call, in logs and the answer.")] = "",
     timeout: Annotated[
-        float | None, typer.Option(min=0.001, metavar="SECONDS", help="Give up after so long [never].")
+        float | None, typer.Option(min=0.001, max=MAX_TIMEOUT, metavar="SECONDS", help="Give up after so long [never].")
     ] = None,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print as it comes, or at the end [--json: at the end].")

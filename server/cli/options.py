@@ -11,6 +11,9 @@ from server.cli.exits import ExitCode
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 
+# In seconds, 31 years: much more and gRPC takes the deadline for one that has passed.
+MAX_TIMEOUT = 1e9
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.ASCII | re.IGNORECASE)
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):(\d{1,5})", re.ASCII)
@@ -87,7 +90,9 @@ Server = Annotated[
         "--server", metavar="HOST:PORT", envvar="LORIKEET_SERVER", help="The server's address.", parser=parse_address
     ),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.001, metavar="SECONDS", help="Give up after so long.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.001, max=MAX_TIMEOUT, metavar="SECONDS", help="Give up after so long.")
+]
 Base = Annotated[
     str | None,
     typer.Option(

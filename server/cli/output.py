@@ -20,8 +20,8 @@ def print_text(text: str, end: str = "\n") -> None:
 
 
 def print_note(text: str) -> None:
-    """A line for people beside the output: progress, what comes next."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for people beside the output: progress, what comes next, an error. Without control characters."""
+    print(text.translate(_CONTROLS), file=sys.stderr, flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
