@@ -95,7 +95,8 @@ class Merging:
         async with contextlib.AsyncExitStack() as stack:
             holding = self._catalog.hold(adapter_id, lambda: on_progress(CallProgress(call_id, "fetching")))
             version = await stack.enter_async_context(holding)
-            probe = self._encode(options.probe_text or PROBE_TEXT)[:MAX_PROBE_TOKENS]
+            tokens = await asyncio.to_thread(self._encode, options.probe_text or PROBE_TEXT)
+            probe = tokens[:MAX_PROBE_TOKENS]
             if not probe:
                 raise InvalidRequest("probe_text", "has no tokens")
             message = MergeAdapter(call_id, reference(version), probe, options.drain_seconds, options.force)

@@ -19,6 +19,9 @@ from server.frontend.validation import check_known, check_request, output_budget
 # Characters that take about a millisecond to encode; longer prompts are encoded in a thread.
 _ENCODE_INLINE = 2048
 
+# What rendering a message of a conversation takes beside its text, in such characters.
+_MESSAGE_CHARACTERS = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -91,7 +94,7 @@ class Preparation:
         messages = [message for message in prompt if not isinstance(message, int)]
         if token_ids:
             return "token_ids", token_ids
-        if sum(len(message.content) for message in messages) > _ENCODE_INLINE:
+        if sum(_MESSAGE_CHARACTERS + len(turn.role) + len(turn.content) for turn in messages) > _ENCODE_INLINE:
             return "messages", await asyncio.to_thread(self._tokenizer.encode_chat, messages, max_tokens)
         return "messages", self._tokenizer.encode_chat(messages, max_tokens)
 

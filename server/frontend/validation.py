@@ -53,6 +53,8 @@ def _check_prompt(request: GenerateRequest, vocab_size: int, max_model_len: int)
     if isinstance(prompt[0], int):
         output_budget("token_ids", len(prompt), request.max_tokens, max_model_len)  # before looking at each
         _check_token_ids("token_ids", [token for token in prompt if isinstance(token, int)], vocab_size)
+    elif not isinstance(prompt, str) and len(prompt) > max_model_len:  # before rendering each
+        raise InvalidRequest("messages", f"has {len(prompt)} messages, more than the context of {max_model_len} tokens")
 
 
 def _check_sampling(sampling: SamplingParams) -> None:

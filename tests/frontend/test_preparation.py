@@ -1,6 +1,8 @@
 """What is made of a request before the engine hears of it."""
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from server.engine.messages import Ready
 from server.errors import InvalidRequest
 from server.frontend.preparation import Preparation
+from server.frontend.tokenizer import Tokenizer
 from server.frontend.types import ChatMessage
 from tests.frontend.harness import TOKENIZER, base_model, ids, request
 
@@ -33,3 +36,34 @@ def test_a_token_that_the_model_has_not_is_refused(preparation: Preparation) -> 
         preparation.encode_probe("hello <tool>")
     prepared = asyncio.run(preparation.prepare(request("hello tool"), INFO, "r", None))
     assert prepared.submit.prompt == ids("hello tool") == preparation.encode_probe("hello tool")
+
+
+@pytest.mark.parametrize(
+    ("messages", "is_inline"),
+    [
+        ([ChatMessage("user", "hi")] * 5, True),
+        ([ChatMessage("user", "hi " * 1000)], False),
+        ([ChatMessage("hi " * 1000, "")], False),
+        ([ChatMessage("user", "")] * 400, False),
+    ],
+    ids=["little", "a long content", "a long role", "many messages"],
+)
+def test_a_conversation_that_takes_long_to_encode_does_not_hold_up_others(
+    preparation: Preparation, monkeypatch: pytest.MonkeyPatch, messages: list[ChatMessage], is_inline: bool
+) -> None:
+    threads = []
+
+    def encode_chat(self: Tokenizer, messages: Sequence[ChatMessage], max_tokens: int | None = None) -> list[int]:
+        threads.append(threading.current_thread())
+        return [5]
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
+    asyncio.run(preparation.prepare(request(messages), INFO, "r", None))
+    assert [thread is threading.main_thread() for thread in threads] == [is_inline]
+
+
+def test_a_conversation_of_more_messages_than_the_context_has_tokens_is_refused(preparation: Preparation) -> None:
+    """Before anything is made of them: rendering 400,000, which fit a message, takes seconds."""
+    with pytest.raises(InvalidRequest, match="messages: has 65 messages"):
+        preparation.check(request([ChatMessage("user", "")] * 65), INFO)
+    preparation.check(request([ChatMessage("user", "")] * 64), INFO)
