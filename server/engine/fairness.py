@@ -43,10 +43,6 @@ class FairQueue:
         """An adapter's waiting sequences, the next one first."""
         return tuple(self._queues.get(digest, ()))
 
-    def lengths(self) -> dict[str, int]:
-        """How many wait, by adapter; those of which none waits are left out."""
-        return {digest: len(queue) for digest, queue in self._queues.items()}
-
     def push(self, seq: Sequence) -> None:
         """A new sequence, at the end of its adapter's queue."""
         if seq.digest not in self._queues:

@@ -36,12 +36,12 @@ class MissingAdapters:
         self._since: dict[str, float] = {}  # digest → missing since, in the scheduler's time
         self._arrived: set[str] = set()  # came for sequences of which none has run yet
 
-    def notice(self, seq: Sequence) -> None:
+    def notice(self, seq: Sequence, now: float) -> None:
         """A sequence was queued: see to its adapter."""
         if seq.adapter is None or seq.digest in self._since:
             return
         if not self._adapters.is_available(seq.digest):
-            self.add(seq.adapter, seq.submitted_at)
+            self.add(seq.adapter, now)
 
     def add(self, adapter: AdapterRef, now: float) -> None:
         """An adapter is not resident (any more)."""

@@ -61,7 +61,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest admission first
         self._draining: set[Sequence] = set()
         self._uncommitted: deque[Plan] = deque()
-        self._let_through: set[Sequence] | None = None  # None: all
+        self._held_back: list[Sequence] | None = None  # came since `hold`; None: nobody is held back
         self._missing = MissingAdapters(adapters, self._waiting)
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._run_seconds = 1.0  # from admission to end: a guess, then a moving average
@@ -82,12 +82,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._held_back or ())
 
     @property
     def waiting_by_adapter(self) -> dict[str, int]:
         """Waiting sequences by digest, without the base's."""
-        return {digest: length for digest, length in self._waiting.lengths().items() if digest}
+        return dict(Counter(seq.digest for seq in (*self._waiting, *(self._held_back or ())) if seq.digest))
 
     @property
     def has_work(self) -> bool:
@@ -105,8 +105,10 @@ class Scheduler:
                 retry_after=self.retry_after,
             )
         self._by_id[seq.request_id] = seq
-        self._waiting.push(seq)
-        self._missing.notice(seq)
+        if self._held_back is None:
+            self._enqueue(seq)
+        else:
+            self._held_back.append(seq)
 
     def cancel(self, request_id: str) -> None:
         """End a sequence without an output; unknown ids are fine. The id may be used again at once."""
@@ -123,18 +125,21 @@ class Scheduler:
         return dropped
 
     def hold(self) -> None:
-        """Admit none but those that are here already, until `let_go`; those that come wait."""
-        self._let_through = set(self._by_id.values())
+        """Admit none but those that are here already, until `let_go`. Those that come wait, and ask for no adapter: it
+        would keep its rows for them from those that are here."""
+        assert self._held_back is None, "held once"
+        self._held_back = []
 
     def let_go(self) -> None:
-        """Admit all again."""
-        self._let_through = None
+        """Admit all again; fine where nobody was held back."""
+        held_back, self._held_back = self._held_back or [], None
+        for seq in held_back:
+            self._enqueue(seq)
 
     @property
     def is_drained(self) -> bool:
         """Whether, held, all that may run has ended and no plan is uncommitted."""
-        waits = any(seq.state is State.WAITING for seq in self._let_through or ())
-        return not (waits or self._running or self._draining or self._uncommitted)
+        return not (self._waiting or self._running or self._draining or self._uncommitted)
 
     def drop_others(self, digest: str) -> list[str]:
         """End the waiting sequences of all adapters but one; their ids."""
@@ -155,6 +160,10 @@ class Scheduler:
         for request_id in dropped:
             self.cancel(request_id)
         return dropped
+
+    def _enqueue(self, seq: Sequence) -> None:
+        self._waiting.push(seq)
+        self._missing.notice(seq, self._clock())
 
     def _check_limits(self, seq: Sequence) -> None:
         num_prompt, max_tokens, max_len = len(seq.prompt), seq.stopping.max_tokens, self._max_model_len
@@ -227,8 +236,6 @@ class Scheduler:
         if not self._waiting or not budget or not self._free_rows:
             return admitted
         for seq in self._waiting.turns():
-            if self._let_through is not None and seq not in self._let_through:
-                continue
             if seq.adapter is not None and not self._adapters.is_available(seq.digest):
                 self._missing.add(seq.adapter, now)
                 continue
@@ -359,7 +366,9 @@ class Scheduler:
     def _end(self, seq: Sequence) -> None:
         """Take a sequence out of where it stands; what it holds goes back once no plan uses it."""
         state, seq.state = seq.state, State.ENDED
-        if state is State.WAITING:
+        if state is State.WAITING and self._held_back is not None and seq in self._held_back:
+            self._held_back.remove(seq)
+        elif state is State.WAITING:
             self._waiting.remove(seq)
         elif state is State.RUNNING:
             self._running.remove(seq)
@@ -383,8 +392,9 @@ class Scheduler:
         for seq in self._draining:
             assert seq.in_flight, f"{seq.request_id} drains for ever"
             assert seq.state in (State.PREEMPTED, State.ENDED), f"{seq.request_id} drains while {seq.state}"
-        for seq in self._waiting:
+        waiting = [*self._waiting, *(self._held_back or ())]
+        for seq in waiting:
             assert seq.state is State.WAITING, f"{seq.request_id} waits while {seq.state}"
             assert (seq.row, seq.pages) == (None, []), f"{seq.request_id} waits and holds something"
-        alive = {*self._waiting, *self._running, *(seq for seq in self._draining if seq.state is State.PREEMPTED)}
+        alive = {*waiting, *self._running, *(seq for seq in self._draining if seq.state is State.PREEMPTED)}
         assert alive == set(self._by_id.values()), "sequences are lost"

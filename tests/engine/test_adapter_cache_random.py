@@ -271,3 +271,20 @@ def test_a_rare_adapter_is_served_though_popular_ones_never_pause() -> None:
     waits = traffic.waits
     assert len(waits) > 1500
     assert traffic.longest_wait() <= 4 * (9 + 2) + 10
+
+
+def test_who_is_held_back_takes_no_rows_from_who_is_let_through() -> None:
+    """Both wait for an adapter, there is room for one of them, and the later one's is read first."""
+    traffic = Traffic(1, 4, 0)
+    traffic.submit(f"early:{PAGE_ROWS}", 3)
+    traffic.scheduler.hold()
+    traffic.submit(f"late:{PAGE_ROWS}", 3)
+    traffic.world.workers.run(-1)
+    traffic.world.poll()
+    for _ in range(20):
+        traffic.step()
+    assert traffic.scheduler.is_drained
+    assert traffic.scheduler.num_waiting == 1
+    traffic.scheduler.let_go()
+    assert sum(traffic.step() for _ in range(20)) == 1
+    assert traffic.scheduler.num_waiting == 0

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 from msgspec.structs import replace
 
 from server.engine.messages import TokenLogprob
@@ -546,6 +546,8 @@ class Traffic(RuleBasedStateMachine):
     """Any order of arrivals, cancels, loads, evictions, refusals and half steps, in a pool that is too small."""
 
     sequences = Bundle("sequences")
+    held = False
+    ahead: frozenset[str] = frozenset()
 
     @initialize(
         capacity=st.integers(8, 28),
@@ -645,6 +647,29 @@ class Traffic(RuleBasedStateMachine):
                 self.world.commit()
             self.world.step(overlap)
 
+    @rule()
+    def hold(self) -> None:
+        if not self.held:
+            self.held = True
+            self.ahead = frozenset(self.world.alive)
+            self.world.scheduler.hold()
+            self.world.check()
+
+    @rule()
+    def let_go(self) -> None:
+        self.held = False
+        self.world.scheduler.let_go()
+        self.world.check()
+
+    @invariant()
+    def who_is_held_back_has_not_begun(self) -> None:
+        if self.held:
+            came_since = self.world.alive.keys() - self.ahead
+            assert all(self.world.alive[request_id].scheduled_at is None for request_id in came_since)
+            assert self.world.scheduler.is_drained == (
+                self.world.alive.keys() == came_since and not self.world.uncommitted
+            )
+
     @rule(digest=st.sampled_from(DIGESTS[2:]))
     def load(self, digest: str) -> None:
         self.world.adapters.finish_load(digest)
@@ -662,6 +687,7 @@ class Traffic(RuleBasedStateMachine):
         if hasattr(self, "world"):
             if len(self.world.uncommitted) == 2:
                 self.world.commit()
+            self.world.scheduler.let_go()
             self.world.drain()
 
 
