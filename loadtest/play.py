@@ -1,5 +1,6 @@
 """A scenario, played by one or several Locust processes against a server, and what they measured together."""
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -72,7 +73,8 @@ def locust_command(scenario: Scenario, file: Path, address: str, options: Sequen
     users = scenario.arrivals.users if isinstance(scenario.arrivals, Closed) else 1
     command = [sys.executable, "-m", "locust", "-f", str(Path(__file__).parent / "locustfile.py"), "--headless"]
     command += ["--host", address, "--scenario", str(file), "--users", str(users), "--spawn-rate", str(users)]
-    return [*command, "--run-time", f"{scenario.seconds}s", "--stop-timeout", f"{scenario.timeout:g}", *options]
+    stop = str(math.ceil(scenario.timeout))  # Locust knows whole seconds alone
+    return [*command, "--run-time", f"{scenario.seconds}s", "--stop-timeout", stop, *options]
 
 
 @contextmanager

@@ -66,6 +66,6 @@ def test_it_shows_adapters_memory_and_the_last_minutes(used: ServerProcess, brow
 
 
 def test_it_comes_anew_by_itself(used: ServerProcess, browser: Browser) -> None:
-    browser.open(f"http://127.0.0.1:{used.metrics_port}/", scheme="light")
+    browser.open(f"http://127.0.0.1:{used.metrics_port}/", scheme="light", reloads=True)
     made = browser.evaluate("performance.timeOrigin")
     eventually(lambda: browser.evaluate("performance.timeOrigin") > made, "the page was loaded again")

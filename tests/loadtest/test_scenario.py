@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loadtest.draws import Draws
 from loadtest.errors import ScenarioError
-from loadtest.play import split
+from loadtest.play import locust_command, split
 from loadtest.scenario import (
     FOLDER,
     Adapters,
@@ -162,6 +162,12 @@ def test_gaps_are_those_of_a_poisson_process() -> None:
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
     assert mean == pytest.approx(0.25, rel=0.1)
     assert spread == pytest.approx(mean, rel=0.1)  # exponential: its deviation is its mean
+
+
+def test_locust_is_told_whole_seconds() -> None:
+    for timeout, told in ((2.5, "3"), (60.0, "60"), (1_000_000.0, "1000000")):
+        command = locust_command(scenario(timeout=timeout), Path("played.json"), "127.0.0.1:1", [])
+        assert command[command.index("--stop-timeout") + 1] == told
 
 
 def test_processes_split_users_rate_and_swaps() -> None:

@@ -70,8 +70,13 @@ class Browser:
         told = profile / "DevToolsActivePort"
         eventually(lambda: told.exists() and told.read_text().count("\n"), "Chromium tells its port")
         port = told.read_text().split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
-            [tab] = [tab for tab in json.loads(answer.read()) if tab["type"] == "page"]
+
+        def tabs() -> list[dict[str, Any]]:
+            """None for a moment after it has told its port."""
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
+                return [tab for tab in json.loads(answer.read()) if tab["type"] == "page"]
+
+        [tab] = eventually(tabs, "Chromium has a tab")
         browser = cls(process, websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=60))
         browser.say("Page.enable")
         return browser
@@ -87,15 +92,16 @@ class Browser:
                 result: dict[str, Any] = message["result"]
                 return result
 
-    def open(self, url: str, *, scheme: str, width: int = 1280) -> None:
-        """Show a page as someone who prefers the `scheme` "light" or "dark" sees it; returns when it is loaded."""
+    def open(self, url: str, *, scheme: str, width: int = 1280, reloads: bool = False) -> None:
+        """Show a page as someone who prefers the `scheme` "light" or "dark" sees it; returns when it is loaded. A page
+        that reloads itself stays as it is unless it `reloads`: it would change while it is looked at."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.say("Emulation.setEmulatedMedia", features=[feature])
         self.say("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.say("Page.navigate", url=url)
-        eventually(
-            lambda: self.evaluate("document.readyState") == "complete" and self.evaluate("location.href") == url, url
-        )
+        is_there = f"document.readyState == 'complete' && location.href == {json.dumps(url)}"
+        hold = "" if reloads else " && (window.stop(), true)"
+        eventually(lambda: self.evaluate(is_there + hold), url)
 
     def evaluate(self, expression: str) -> Any:
         found = self.say("Runtime.evaluate", expression=expression, returnByValue=True)
