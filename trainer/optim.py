@@ -75,7 +75,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: State) -> None:
         if isinstance(own.get(key), Tensor) and isinstance(value, Tensor):
             own[key].copy_(value)
         elif isinstance(value, Tensor):
-            own[key] = like(value, parameter) if key != "step" else value
+            own[key] = like(value, parameter) if key != "step" else value.to(parameter.device)  # as fused AdamW has it
         else:
             own[key] = value
 
