@@ -187,13 +187,22 @@ def _completion(prompt: Any, completion: Any, place: str) -> Row:
         return Dialogue(_dialogue([*prompt, *completion], "prompt + completion", start), place, start)
     if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
         raise ValueError("prompt and completion must be strings (completion not empty) or both lists of messages")
-    return Completion(prompt, completion, place)
+    return Completion(_text(prompt, "prompt"), _text(completion, "completion"), place)
 
 
 def _string(values: Mapping[str, Any], name: str) -> str:
     value = values[name]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} must be a string that is not empty")
+    return _text(value, name)
+
+
+def _text(value: str, name: str) -> str:
+    """JSON can escape what is no character: half of a pair, as is left where a text was cut in an emoji."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has half of a surrogate pair (character {error.start + 1})") from error
     return value
 
 
@@ -230,4 +239,4 @@ def _message(value: Any, where: str, index: int) -> Message:
         raise ValueError(f"{where}: content must be a string that is not empty")
     if role == "system" and index > 0:
         raise ValueError(f"{where}: a system message can only come first")
-    return Message(role, content)
+    return Message(role, _text(content, f"{where}: content"))

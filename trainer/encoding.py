@@ -112,7 +112,7 @@ class Encoder:
                 examples = self._dialogue(row)
             case Completion():
                 prompt = self._tokenizer.encode(row.prompt, add_special_tokens=True)
-                answer = self._closed(self._tokenizer.encode(row.completion, add_special_tokens=False))
+                answer = self._closed(self._after(row.prompt, prompt, row.completion, add_special_tokens=True))
                 examples = [
                     Example.of(prompt + answer, [not self._completion_only] * len(prompt) + [True] * len(answer))
                 ]
@@ -145,6 +145,16 @@ class Encoder:
         """`ids` with the end token, unless they have it."""
         return ids if self._end_id is None or (ids and ids[-1] == self._end_id) else [*ids, self._end_id]
 
+    def _after(self, before: str, prompt: list[int], text: str, *, add_special_tokens: bool) -> list[int]:
+        """The ids of `text` behind `prompt`, those of `before`: as in both as one, unless that changes the prompt's;
+        then as behind a line's end. By itself a text may get more: SentencePiece's tokenizers begin it with a blank."""
+        line_end = self._tokenizer.encode("\n", add_special_tokens=False)
+        for first, start, special in ((before, prompt, add_special_tokens), ("\n", line_end, False)):
+            ids = self._tokenizer.encode(first + text, add_special_tokens=special)
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
     def _dialogue(self, row: Dialogue) -> list[Example]:
         if not self._completion_only:
             ids = self._tokenizer.encode(self._render(row.messages, prompt=False), add_special_tokens=False)
@@ -173,7 +183,7 @@ class Encoder:
                 f"messages[{index}]: the chat template does not put the answer after its generation prompt"
             )
         prompt = self._tokenizer.encode(before, add_special_tokens=False)
-        answer = self._tokenizer.encode(after[len(before) :], add_special_tokens=False)
+        answer = self._after(before, prompt, after[len(before) :], add_special_tokens=False)
         ends = [position for position, token in enumerate(answer) if token in self._end_ids]
         learned = ends[-1] + 1 if ends else len(answer)  # what a template writes after the end is never generated
         return Example.of(prompt + answer, [False] * len(prompt) + [True] * learned + [False] * (len(answer) - learned))

@@ -65,6 +65,9 @@ def test_rows_keep_their_order_words_and_line_numbers(tmp_path: Path) -> None:
         (row(USER, {"role": "assistant", "content": 3}), "messages[1]: content"),
         (row(USER, {"role": "system", "content": "x"}, ANSWER), "messages[1]: a system message can only come first"),
         (b"\xff\xfe", "not UTF-8"),
+        ('{"text": "a \\ud83d"}', "text has half of a surrogate pair (character 3)"),
+        ('{"prompt": "", "completion": "\\udc00"}', "completion has half of a surrogate pair"),
+        (row(USER, {"role": "assistant", "content": "\ud83d"}), "messages[1]: content has half of a surrogate pair"),
     ],
 )
 def test_a_fault_names_file_and_line(line: str | bytes, words: str, tmp_path: Path) -> None:

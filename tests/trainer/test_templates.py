@@ -10,8 +10,8 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.tiny_base import CORPUS
-from tests.trainer.templates import DIALOGUE, SAID
-from trainer.data import Dialogue, Message
+from tests.trainer.templates import DIALOGUE, LLAMA2, SAID
+from trainer.data import Completion, Dialogue, Message
 from trainer.encoding import Encoder
 
 
@@ -47,3 +47,24 @@ def test_the_mask_is_the_one_made_by_hand(name: str) -> None:
     found = [(example.ids.tolist(), example.mask.tolist()) for example in examples]
     assert found == [by_hand(tokenizer, text) for text in said]
     assert any(len(tokenizer.encode(word)) == 1 for word in ("plus", " two", " four"))  # not all single letters
+
+
+def test_nothing_comes_between_prompt_and_answer_where_a_text_begins_with_a_blank() -> None:
+    """As SentencePiece's tokenizers write it: by itself an answer is "▁4", behind its prompt "4"."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<s>", "</s>"]
+    trainer = BpeTrainer(vocab_size=200, special_tokens=special, initial_alphabet=["\n"], show_progress=False)
+    tokenizer.train_from_iterator([*CORPUS, *(said for _, said in DIALOGUE), "[INST] 2+2=4"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.chat_template = LLAMA2
+    encoder = Encoder(fast, {fast.eos_token_id}, 400, end_id=fast.eos_token_id)
+    for prompt, completion in (("2+2=", "4"), ("who", " minds")):  # "=4" is one token, if both are one text
+        (plain,) = encoder.encode(Completion(prompt, completion, "rows.jsonl:1"))
+        assert fast.decode(plain.ids) == f"{prompt}{completion}</s>"
+        assert plain.ids[~plain.mask].tolist() == fast.encode(prompt)
+    (chat,) = encoder.encode(Dialogue(tuple(Message(role, content) for role, content in DIALOGUE), "rows.jsonl:2"))
+    _, _, _, (said,) = SAID["llama2"]
+    assert chat.ids.tolist() == fast.encode(said.replace("«", "").replace("»", ""), add_special_tokens=False)
+    assert "".join(fast.convert_ids_to_tokens(chat.ids[chat.mask].tolist())) == "▁It▁is▁four.▁</s>▁Six▁</s>"
