@@ -181,18 +181,25 @@ def _build(
 
 
 def _checked_loss(causal_lm: Any, settings: Settings, prepared: Prepared, group: Group, note: Note) -> CausalLoss:
-    """The loss, through fused layers where there are any. Raises TrainingError if it is not the model's own, on the
-    start of an example."""
+    """The loss, through fused layers where there are any. Raises what `check_loss` does."""
     fused = None
     if settings.method != "full" and not prepared.sharded:
         fused = fuse_where_it_pays(causal_lm, prepared.device, prepared.dtype, note)
     loss = CausalLoss(causal_lm, fused)
     if group.rank == 0:
-        causal_lm.eval()
-        ids = torch.from_numpy(prepared.examples[0].ids).long()
-        with autocast(causal_lm.device, prepared.dtype):
-            loss.check(ids.to(causal_lm.device))
+        check_loss(loss, prepared, packing=settings.packing)
     return loss
+
+
+def check_loss(loss: CausalLoss, prepared: Prepared, *, packing: bool) -> None:
+    """Raises TrainingError if it is not the model's own, on the start of an example, or if packed rows would see each
+    other."""
+    causal_lm = loss.causal_lm.eval()
+    ids = torch.from_numpy(prepared.examples[0].ids).long().to(causal_lm.device)
+    with autocast(causal_lm.device, prepared.dtype):
+        loss.check(ids)
+        if packing:
+            loss.check_packing(ids)
 
 
 def _run(

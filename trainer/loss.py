@@ -12,6 +12,7 @@ from trainer.crossentropy import summed_cross_entropy
 from trainer.errors import TrainingError
 
 CHECK_TOKENS = 16
+PACKING_TOLERANCE = {True: 1e-3, False: 0.05}  # of the norm, by whether all is in fp32
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
@@ -61,6 +62,21 @@ class CausalLoss(nn.Module):
         options = {} if position_ids is None else {"position_ids": position_ids}
         hidden: Tensor = self._body(input_ids=ids, use_cache=False, **options).last_hidden_state
         return hidden
+
+    @torch.no_grad()
+    def check_packing(self, ids: Tensor) -> None:
+        """Put `ids` [tokens] beside themselves: both have to come out the same. Raises TrainingError if they do not, as
+        of a model that hands a state on from token to token, or takes `position_ids` for something else."""
+        self.require_positions()
+        ids = ids[:CHECK_TOKENS]
+        position_ids = torch.arange(len(ids), device=ids.device).repeat(2).unsqueeze(0)
+        hidden = self.hidden(ids.repeat(2).unsqueeze(0), position_ids)
+        one, other = hidden[0].float().chunk(2)
+        exact = hidden.dtype is torch.float32 and not torch.is_autocast_enabled(ids.device.type)
+        if not (other - one).norm() <= PACKING_TOLERANCE[exact] * one.norm():
+            raise TrainingError(
+                "packing needs a model that keeps packed rows apart, and this base does not; leave it out"
+            )
 
     @torch.no_grad()
     def check(self, ids: Tensor) -> None:

@@ -14,7 +14,7 @@ from server.base.quantization import stored_quantization
 from server.base.resolve import BaseModel, locate_base, resolve_base
 from server.errors import UnsupportedModel
 from trainer.batches import Feed
-from trainer.data import FORMS, load_rows, open_source, require_data
+from trainer.data import FORMS, open_source, require_data
 from trainer.devices import choose_attention, choose_device, choose_dtype, dtype_name
 from trainer.encoding import Counts, Encoder, Example
 from trainer.errors import DataError, SettingsError
@@ -89,7 +89,7 @@ def prepare(settings: Settings, note: Note, like: Prepared | None = None, num_de
         pack_to=settings.max_length if settings.packing else None,
         seed=settings.seed,
     )
-    eval_examples = _encode_all(Path(settings.eval_data), encoder, Counts()) if settings.eval_data else []
+    eval_examples = encode_rows(Path(settings.eval_data), encoder, Counts()) if settings.eval_data else []
     longest = settings.max_length if settings.packing or settings.streaming else max(map(len, examples))
     if settings.streaming:
         assert settings.max_steps is not None, "streaming has max-steps"
@@ -229,7 +229,7 @@ def _read(
     """The examples, and the windows of an epoch: one that is all of them, or a stream's, as they are asked for."""
     path, size = Path(settings.data), settings.shuffle_buffer
     if not settings.streaming:
-        examples = _encode_all(path, encoder, counts)
+        examples = encode_rows(path, encoder, counts)
         return examples, lambda first: iter([examples][first:])
 
     def windows(first: int) -> Iterator[Sequence[Example]]:
@@ -237,15 +237,22 @@ def _read(
         while part := list(islice(rows, size)):
             yield list(encoder.encode_all(part, counts))
 
-    first = next(windows(0), [])
-    counts.__init__()  # type: ignore[misc]  # the first window is counted when it is trained on
+    first = next(filter(None, windows(0)), [])
     if not first:
-        raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
+        raise _nothing(path, counts)
+    counts.__init__()  # type: ignore[misc]  # what was read is counted when it is trained on
     return first, windows
 
 
-def _encode_all(path: Path, encoder: Encoder, counts: Counts) -> list[Example]:
-    examples = list(encoder.encode_all(load_rows(path), counts))
+def encode_rows(path: Path, encoder: Encoder, counts: Counts, limit: int | None = None) -> list[Example]:
+    """The examples of the rows at `path`, the first so many with `limit`. Raises DataError, too if there are none."""
+    examples = list(islice(encoder.encode_all(open_source(path).rows(), counts), limit))
     if not examples:
-        raise DataError(f"{path}: every row is longer than max-length, so all were dropped")
+        raise _nothing(path, counts)
     return examples
+
+
+def _nothing(path: Path, counts: Counts) -> DataError:
+    if not counts.rows:
+        return DataError(f"{path}: is empty; it needs rows with {FORMS}")
+    return DataError(f"{path}: every row is longer than max-length, so all were dropped")

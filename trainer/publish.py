@@ -9,7 +9,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from adapters.errors import BaseMismatch
@@ -18,13 +17,12 @@ from adapters.manifest import Scores
 from adapters.stores import Store
 from adapters.versions import Version
 from server.base.resolve import BaseModel, resolve_base
-from trainer.data import load_rows
 from trainer.devices import choose_device
 from trainer.encoding import Counts, Example
 from trainer.errors import RunError, SettingsError, TrainingError
 from trainer.evaluate import Decoder, evaluate
 from trainer.fit import training_info
-from trainer.prepare import digest_files, load_tokenizer, make_encoder, read_config, read_end_ids
+from trainer.prepare import digest_files, encode_rows, load_tokenizer, make_encoder, read_config, read_end_ids
 from trainer.reference import peft_losses
 from trainer.run_directory import RunDirectory
 from trainer.served import Loss, ServedBase
@@ -122,7 +120,7 @@ def read_rows(settings: Settings, base: BaseModel, publication: Publication, tra
     path = publication.data or Path(settings.eval_data or settings.data)
     tokenizer = load_tokenizer(base.path)
     encoder = make_encoder(settings, tokenizer, base.path, read_config(base.path))
-    examples = list(islice(encoder.encode_all(load_rows(path), Counts()), publication.num_rows))
+    examples = encode_rows(path, encoder, Counts(), publication.num_rows)
     digest = digest_files(path)
     return ScoredRows(
         examples,

@@ -115,6 +115,8 @@ class Settings:
         self._check_together()
 
     def _check_together(self) -> None:
+        if not 0 <= self.seed < 1 << 32:  # torch takes 64 bits, of which half are the step's
+            raise SettingsError("seed must be at least 0 and below 4294967296")
         if self.streaming and self.max_steps is None:
             raise SettingsError("streaming needs max-steps: how long the data is, is not known before its end")
         if self.patience is not None and self.eval_data is None:

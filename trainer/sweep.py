@@ -12,9 +12,10 @@ from typing import Any
 
 from adapters.ids import check_name
 from trainer.errors import SettingsError
-from trainer.fit import load_base, record_step
+from trainer.fit import check_loss, load_base, record_step
 from trainer.lanes import Lane, LaneLoop, save_lane, start_lane
 from trainer.loop import Result, Step
+from trainer.loss import CausalLoss
 from trainer.methods import adapter as adapters
 from trainer.prepare import Note, Prepared, prepare, provenance
 from trainer.run_directory import MetricsFile, RunDirectory
@@ -93,6 +94,7 @@ def sweep(jobs: Sequence[Settings], directory: Path, at_once: int, note: Note) -
     ]
     note(f"loading {ready[0].base.name} once for {len(jobs)} jobs ({ready[0].device})")
     causal_lm = load_base(resolved[0], next((one for one in ready if one.attention == "sdpa"), ready[0]))
+    check_loss(CausalLoss(causal_lm), ready[0], packing=any(job.packing for job in jobs))
     outcomes: list[Outcome] = []
     for first in range(0, len(jobs), at_once):
         part = slice(first, first + at_once)

@@ -215,6 +215,42 @@ def test_a_loaded_base_serves_many_runs_and_is_left_as_it_was(train: Train, base
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
+def test_a_stream_may_begin_with_rows_that_are_dropped(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("dog " * 90, "a dog", "fox"))
+    )
+    stream = {"data": str(tmp_path / "rows.jsonl"), "streaming": True, "shuffle_buffer": 1, "max_steps": 3}
+    report, _ = train(**stream, too_long="drop", max_length=40)
+    assert report.result.num_steps == 3
+    with pytest.raises(DataError, match="every row is longer than max-length"):
+        train(**stream, too_long="drop", max_length=2)
+
+
+def test_eva_takes_as_many_rows_at_once_as_it_needs_directions(train: Train) -> None:
+    report, _ = train(init="eva", rank=16, epochs=1)  # four rows have fewer than 32 learned tokens
+    assert report.result.num_steps == 2
+    with pytest.raises(SettingsError, match=r"init eva needs data with 64 learned tokens for this rank, not \d\d"):
+        train(init="eva", rank=32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, "rank-pattern 'q_prj' is of no layer that is trained"),
+        ({"alpha_pattern": {"v_proj": 4.0}, "target_modules": ("q_proj",)}, "alpha-pattern 'v_proj' is of no layer"),
+        ({"rank_pattern": {"(": 4}}, "neither a name nor an expression"),
+        ({"init": "pissa", "rank": 33}, "init pissa can give model.layers.0.self_attn.k_proj a rank of 32 at most"),
+        ({"init": "olora", "rank": 33}, "a rank of 32 at most, not 33"),
+        ({"init": "eva", "rank": 33}, "a rank of 32 at most, not 33"),
+        ({"seed": 1 << 32}, "seed must be at least 0 and below"),
+    ],
+    ids=str,
+)
+def test_a_rank_that_no_layer_can_have_is_refused(settings: dict[str, Any], words: str, train: Train) -> None:
+    with pytest.raises(SettingsError, match=words):
+        train(**settings)
+
+
 def test_what_is_wrong_is_refused_before_training(train: Train, base: BaseModel, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"'q_prj' is not in the base; known are down_proj, .*v_proj"):
         train(target_modules=("q_prj",))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from server.base.resolve import BaseModel
 from tests.trainer.conftest import Train
@@ -142,6 +142,31 @@ def test_a_head_that_is_more_than_linear_is_found_out(base: BaseModel) -> None:
     model.register_forward_hook(lambda module, inputs, output: setattr(output, "logits", output.logits * 0.5))
     with pytest.raises(TrainingError, match="its head is more than a linear layer"):
         CausalLoss(model).check(ids)
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon", "opt", "jamba"])
+def test_a_model_that_does_not_keep_packed_rows_apart_is_found_out(kind: str) -> None:
+    """Falcon takes positions and masks as if there were one row, OPT counts them its own way, Jamba has a state."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    more = {
+        "jamba": {"num_key_value_heads": 2, "use_mamba_kernels": False, "attn_layer_period": 2, "attn_layer_offset": 1}
+    }
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more.get(kind, {}))).eval()
+    ids = torch.randint(3, 96, (12,))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    loss = CausalLoss(model)
+    with torch.no_grad():
+        positions = torch.cat([torch.arange(12), torch.arange(12)]).unsqueeze(0)
+        apart, packed = loss.hidden(ids.unsqueeze(0)), loss.hidden(ids.repeat(2).unsqueeze(0), positions)[:, 12:]
+    assert torch.allclose(packed, apart, atol=1e-4) == (kind == "llama")
+    if kind == "llama":
+        loss.check_packing(ids)
+    else:
+        with pytest.raises(TrainingError, match="keeps packed rows apart"):
+            loss.check_packing(ids)
 
 
 def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(

@@ -16,7 +16,7 @@ from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
 from server.cli.adapters_fields import version_details
 from tests.support.tiny_base import save_tiny_base
-from trainer.errors import RunError, SettingsError, TrainingError
+from trainer.errors import DataError, RunError, SettingsError, TrainingError
 from trainer.fit import fit
 from trainer.prepare import digest_files
 from trainer.publish import Publication, Tolerance, publish_run
@@ -94,6 +94,16 @@ def test_rows_that_were_not_trained_on_are_told_apart(run: RunDirectory, data: P
     assert scores is not None
     assert (scores.held_out, scores.num_rows, scores.rows_digest) == (True, 3, digest_files(held_out))
     assert scores.exact_match is None
+
+
+def test_rows_that_are_all_dropped_decide_nothing(run: RunDirectory, tmp_path: Path) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "dog " * 2000}))
+    dropping = changed(run, tmp_path / "dropping")
+    (dropping.path / "config.yaml").write_text(replace(run.settings(), too_long="drop").to_yaml())
+    with pytest.raises(DataError, match="every row is longer than max-length, so all were dropped"):
+        publish_run(
+            dropping, AdapterStore(tmp_path / "store"), Publication("dogs", data=tmp_path / "long.jsonl"), silent
+        )
 
 
 def test_an_adapter_that_the_server_would_read_otherwise_is_refused(

@@ -1,6 +1,7 @@
 """Adapters trained side by side are those that each job makes alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from server.base.resolve import BaseModel
 from trainer import sweep as module
 from trainer.cli import main
-from trainer.errors import SettingsError
+from trainer.errors import SettingsError, TrainingError
 from trainer.fit import fit
 from trainer.settings import Settings
 from trainer.sweep import read_jobs, sweep
@@ -108,6 +109,15 @@ def test_one_that_fails_does_not_harm_the_others(
         if other.result:
             tensors = [load_file(run.run.adapter / "adapter_model.safetensors") for run in (one, other)]
             assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-4) for name in tensors[0])
+
+
+def test_a_base_that_cannot_be_packed_is_found_out(base: BaseModel, tmp_path: Path) -> None:
+    config = BloomConfig(vocab_size=400, hidden_size=32, n_layer=1, n_head=2, eos_token_id=1)
+    BloomForCausalLM(config).save_pretrained(tmp_path / "bloom")
+    AutoTokenizer.from_pretrained(base.path).save_pretrained(tmp_path / "bloom")
+    given = replace(jobs(base, tmp_path)[0], base=str(tmp_path / "bloom"), packing=True)
+    with pytest.raises(TrainingError, match="packing needs a model that takes position_ids"):
+        sweep([given], tmp_path / "runs", at_once=1, note=silent)
 
 
 def test_a_file_of_jobs_from_the_command_line(

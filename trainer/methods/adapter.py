@@ -18,7 +18,8 @@ from trainer.errors import SettingsError
 from trainer.loss import CausalLoss
 from trainer.settings import ALL_LINEAR, Settings
 
-EVA_ROWS = 4  # of a batch
+EVA_ROWS = 4  # of a batch, at least
+EVA_SHARE = EvaConfig().rho  # directions that are looked for, of a layer's rank
 MUTATING = ("olora", "pissa")  # change the base's weights as they begin
 
 
@@ -53,14 +54,18 @@ def choose_targets(paths: Sequence[str], wanted: Sequence[str]) -> list[str]:
 
 
 def add_adapter(causal_lm: Any, settings: Settings, targets: Iterable[str]) -> PeftModel:
-    """Put fresh LoRA layers on `causal_lm`: from torch's seed, fp32, trainable. Not yet EVA's."""
+    """Put fresh LoRA layers on `causal_lm`: from torch's seed, fp32, trainable. Not yet EVA's.
+
+    Raises SettingsError for a pattern that no layer has, and a rank that a layer is too small to begin with.
+    """
+    _check_ranks(causal_lm, settings, set(targets := sorted(targets)))
     init: Any = True if settings.init == "default" else settings.init
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=_plain(settings.lora_alpha),
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
-        target_modules=sorted(targets),
+        target_modules=targets,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern={pattern: _plain(alpha) for pattern, alpha in settings.alpha_pattern.items()},
         init_lora_weights=init,
@@ -84,12 +89,13 @@ def add_saved_adapter(causal_lm: Any, adapter_config: str) -> PeftModel:
 def start_by_eva(model: PeftModel, examples: Sequence[Example], pad_id: int, device: torch.device) -> None:
     """EVA (Paischer et al. 2024, arXiv 2410.07170): A from the directions in which the layers' inputs vary, ranks
     dealt out by how much; of `examples`' learned tokens."""
+    config: Any = model.peft_config["default"]
+    groups = _eva_groups(examples, round(EVA_SHARE * max(config.r, *config.rank_pattern.values(), 1)))
     body = CausalLoss(model.get_base_model())
 
     def batches() -> Any:
-        for start in range(0, len(examples) - EVA_ROWS + 1, EVA_ROWS) or (0,):
-            rows = [[example] for example in examples[start : start + EVA_ROWS]]
-            batch = collate(rows, pad_id).to(device)
+        for group in groups:
+            batch = collate([[example] for example in group], pad_id).to(device)
             labels = torch.full_like(batch.ids, -100).flatten()
             labels[batch.places] = batch.targets
             yield {"input_ids": batch.ids, "labels": labels.view_as(batch.ids)}
@@ -98,7 +104,13 @@ def start_by_eva(model: PeftModel, examples: Sequence[Example], pad_id: int, dev
         with torch.no_grad():
             body.hidden(inputs["input_ids"])
 
-    initialize_lora_eva_weights(model, dataloader=list(batches()), forward_fn=forward, show_progress_bar=False)
+    initialize_lora_eva_weights(  # every process of several has the same rows, so there is nothing to gather
+        model,
+        dataloader=list(batches()),
+        forward_fn=forward,
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
 
 
 def save_adapter(model: PeftModel, directory: Path, base_name: str, initial: Path | None = None) -> None:
@@ -141,6 +153,60 @@ def _computing_as_given(model: PeftModel) -> PeftModel:
             layer: Any = module
             layer.cast_input_dtype_enabled = False
     return model
+
+
+def _eva_groups(examples: Sequence[Example], num_directions: int) -> list[list[Example]]:
+    """Rows in groups of at least EVA_ROWS with as many learned tokens as directions are looked for: of fewer PEFT takes
+    no notice, and would wait for ever. Raises SettingsError if the data have too few."""
+    groups: list[list[Example]] = [[]]
+    num_learned = 0
+    for example in examples:
+        if len(groups[-1]) >= EVA_ROWS and num_learned >= num_directions:
+            groups.append([])
+            num_learned = 0
+        groups[-1].append(example)
+        num_learned += int(example.mask.sum())
+    if len(groups) > 1 and (len(groups[-1]) < EVA_ROWS or num_learned < num_directions):
+        del groups[-1]
+    elif num_learned < num_directions:
+        raise SettingsError(
+            f"init eva needs data with {num_directions} learned tokens for this rank, not {num_learned}"
+        )
+    return groups
+
+
+def _check_ranks(causal_lm: Any, settings: Settings, targets: set[str]) -> None:
+    """Raises SettingsError for a pattern that no layer has, and a rank of more directions than a layer has."""
+    paths = [path for path in linear_layers(causal_lm) if path in targets or _name(path) in targets]
+    for name, patterns in (("rank-pattern", settings.rank_pattern), ("alpha-pattern", settings.alpha_pattern)):
+        for pattern in patterns:
+            if not any(_is_of(pattern, path, name) for path in paths):
+                raise SettingsError(f"{name} {pattern!r} is of no layer that is trained")
+    if settings.init == "default":
+        return
+    for path in paths:
+        own = [rank for pattern, rank in settings.rank_pattern.items() if _is_of(pattern, path, "rank-pattern")]
+        rank = own[0] if own else settings.rank
+        width, height = _sizes(causal_lm.get_submodule(path))
+        most = int(width / EVA_SHARE) if settings.init == "eva" else min(width, height)
+        if rank > most:
+            raise SettingsError(f"init {settings.init} can give {path} a rank of {most} at most, not {rank}")
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """What goes in and what comes out."""
+    if isinstance(layer, nn.Linear):  # whose weight may be packed
+        return layer.in_features, layer.out_features
+    width, height = layer.weight.shape
+    return width, height
+
+
+def _is_of(pattern: str, path: str, setting: str) -> bool:
+    """Whether PEFT takes a rank's or alpha's `pattern` for the layer at `path`."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    except re.error as error:
+        raise SettingsError(f"{setting} {pattern!r} is neither a name nor an expression ({error})") from error
 
 
 def _name(path: str) -> str:
