@@ -67,6 +67,12 @@ class QuantizedWeight:
         )
         return scales + self.nested.offset
 
+    def emptied(self) -> "QuantizedWeight":
+        """Its shape and format, with nothing in it."""
+        none = self.packed.new_empty(0)
+        nested = None if self.nested is None else NestedScales(none, none, none)
+        return replace(self, packed=none, absmax=none, nested=nested)
+
     def copy_(self, other: "QuantizedWeight") -> None:
         """Become a weight of the same shape and format, in place."""
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
@@ -163,11 +169,11 @@ class FourBitLinear:
 
 @dataclass(frozen=True, slots=True)
 class DecodedLinear:
-    """y = x Wᵀ + bias for W of several weights, one on the other, that were dequantized once and for all. `bare` are
-    these weights without their codes."""
+    """y = x Wᵀ + bias for W of several weights, one on the other, that were dequantized once and for all. `formats` are
+    these weights without what they hold."""
 
     linear: PackedLinear
-    bare: tuple[QuantizedWeight, ...]
+    formats: tuple[QuantizedWeight, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [n, in] → [n, out], accumulated in float32."""
@@ -187,7 +193,7 @@ class DecodedLinear:
 
     def write(self, weight: Tensor) -> None:
         """Hold another weight [out, in] from now on, quantized as this one is; in place."""
-        self.linear.write(torch.cat([dequantize(new) for new in quantize_like(weight, self.bare)]))
+        self.linear.write(torch.cat([dequantize(new) for new in quantize_like(weight, self.formats)]))
 
     def save(self) -> tuple[Tensor, ...]:
         """All bits of the weights, in host memory."""
@@ -200,8 +206,8 @@ class DecodedLinear:
 
 def decode(weights: Sequence[QuantizedWeight], bias: Tensor | None) -> DecodedLinear:
     """Dequantize weights [out_i, in] of one fused layer."""
-    bare = tuple(replace(weight, packed=weight.packed.new_empty(0)) for weight in weights)
-    return DecodedLinear(pack_linear(torch.cat([dequantize(weight) for weight in weights]), bias), bare)
+    dense = torch.cat([dequantize(weight) for weight in weights])
+    return DecodedLinear(pack_linear(dense, bias), tuple(weight.emptied() for weight in weights))
 
 
 def decodes_quickly() -> bool:

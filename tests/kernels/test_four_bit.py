@@ -201,6 +201,7 @@ def test_a_processor_that_decodes_slowly_computes_with_what_it_decoded_once(
     decoded = pack_four_bit(weights, bias)
     assert isinstance(decoded, DecodedLinear)
     assert decoded.num_bytes == plain.dense().numel() * dtype.itemsize + bias.numel() * dtype.itemsize
+    assert not any(weight.num_bytes for weight in decoded.formats), "neither codes nor scales are kept beside it"
     x, other = torch.randn(5, weights[0].shape[1]).to(dtype), draw(tuple(plain.dense().shape), torch.float32, seed=9)
     for _ in range(2):
         assert torch.equal(decoded.dense(), plain.dense())

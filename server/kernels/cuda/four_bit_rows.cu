@@ -76,7 +76,7 @@ __device__ __forceinline__ void decode(u32 (&a)[4][4], const uint4& codes, const
 //   absmax    [features / 16, groups, 16 features] of 4 floats, one a tile
 //   pairs     [256], the two numbers of a byte, the first in the low half
 //   x, y      [rows, ..], with strides in elements
-//   partial   float32, for more than one part: `partial_floats` in module.py says how many
+//   partial   float32, for more than one part: [blocks of outputs, parts, MT * NT, WARPS * 32] of 4
 //   arrivals  zeros, one a block of outputs; zeros again afterwards
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT)
 four_bit_rows(const uint4* __restrict__ codes, const float4* __restrict__ absmax, const u32* __restrict__ pairs,

@@ -1,7 +1,7 @@
 """A linear layer over repacked 4-bit weights on a Hopper GPU."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from server.base.weights import fits_hopper
 from server.kernels.cuda.four_bit import RepackedWeight, four_bit_dense, multiply, repack
 from server.kernels.cuda.module import is_available
 from server.kernels.cuda.plans import choose
-from server.kernels.four_bit import NestedScales, QuantizedWeight, quantize_like
+from server.kernels.four_bit import QuantizedWeight, quantize_like
 
 
 def supports(weights: Sequence[QuantizedWeight]) -> bool:
@@ -81,7 +81,7 @@ class RepackedFourBit:
 
 def pack(weights: Sequence[QuantizedWeight], bias: Tensor | None) -> RepackedFourBit:
     """Lay out weights [out_i, in] that `supports` takes, and bias [sum(out_i)]."""
-    return RepackedFourBit(_repack(weights), tuple(_format(weight) for weight in weights), bias)
+    return RepackedFourBit(_repack(weights), tuple(weight.emptied() for weight in weights), bias)
 
 
 def _repack(weights: Sequence[QuantizedWeight]) -> RepackedWeight:
@@ -89,10 +89,3 @@ def _repack(weights: Sequence[QuantizedWeight]) -> RepackedWeight:
     scales = torch.cat([weight.scales() for weight in weights])
     first = weights[0]
     return repack(packed, scales, first.quant_type, (sum(weight.shape[0] for weight in weights), first.shape[1]))
-
-
-def _format(weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight with nothing in it."""
-    none = weight.packed.new_empty(0)
-    nested = None if weight.nested is None else NestedScales(none, none, none)
-    return replace(weight, packed=none, absmax=none, nested=nested)
