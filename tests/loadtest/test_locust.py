@@ -2,15 +2,14 @@
 
 import csv
 import json
-import socket
 import subprocess
 import sys
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from loadtest.play import echoing
@@ -121,25 +120,23 @@ def test_too_few_adapters_are_named(tmp_path: Path, echo: str) -> None:
 def test_locust_s_web_page_starts_a_run_and_shows_it(tmp_path: Path, echo: str) -> None:
     scenario = tmp_path / "scenario.toml"
     scenario.write_text(SCENARIO + "[adapters]\ncount = 2\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    page = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "locust", "-f", str(REPOSITORY / "loadtest/locustfile.py"), "--host", echo]
-    command += ["--scenario", str(scenario), "--web-host", "127.0.0.1", "--web-port", str(port)]
+    command += ["--scenario", str(scenario), "--web-host", "127.0.0.1", "--web-port", "0"]
+
+    def ports() -> list[int]:
+        """Those that it listens on."""
+        connections = psutil.Process(locust.pid).net_connections("tcp4")
+        return [connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN]
 
     def shown() -> dict[tuple[str, str], dict[str, Any]]:
-        """Its table; empty while there is no page."""
-        try:
-            with urllib.request.urlopen(f"{page}/stats/requests", timeout=10) as answer:
-                rows = json.load(answer)["stats"]
-        except (urllib.error.URLError, ConnectionError):
-            return {}
-        return {(row["method"], row["name"]): row for row in rows}
+        """Its table."""
+        with urllib.request.urlopen(f"{page}/stats/requests", timeout=60) as answer:
+            return {(row["method"], row["name"]): row for row in json.load(answer)["stats"]}
 
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPOSITORY) as locust:
         try:
-            eventually(shown, "the page is there")
+            [port] = eventually(ports, "the page is there")
+            page = f"http://127.0.0.1:{port}"
             form = b"user_count=2&spawn_rate=2"
             with urllib.request.urlopen(f"{page}/swarm", data=form, timeout=30) as answer:
                 assert json.load(answer)["success"]

@@ -1,7 +1,7 @@
 """A Prometheus of the test's own, on a free port of loopback."""
 
 import json
-import socket
+import re
 import subprocess
 import time
 import urllib.error
@@ -37,15 +37,24 @@ class Prometheus:
         """Scrapes `targets` (host:port) each second, and evaluates the rules that are committed as often."""
         config = directory / "prometheus.yml"
         config.write_text(CONFIG.format(rules=DEPLOY / "prometheus/rules", targets=json.dumps(targets)))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        command = ["prometheus", f"--config.file={config}", f"--web.listen-address={address}"]
+        command = ["prometheus", f"--config.file={config}", "--web.listen-address=127.0.0.1:0"]
         command.append(f"--storage.tsdb.path={directory / 'data'}")
-        with (directory / "prometheus.log").open("wb") as log:
+        told = directory / "prometheus.log"
+        with told.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
-        started = cls(process, f"http://{address}")
-        eventually(started._is_ready, f"Prometheus is ready; see {directory / 'prometheus.log'}")
+
+        def port() -> str | None:
+            assert process.poll() is None, told.read_text()
+            found = re.search(r'"Listening on".* address=127\.0\.0\.1:(\d+)', told.read_text())
+            return found and found[1]
+
+        try:
+            started = cls(process, f"http://127.0.0.1:{eventually(port, 'Prometheus tells its port')}")
+            eventually(started._is_ready, f"Prometheus is ready; see {told}")
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         return started
 
     def query(self, expression: str) -> list[dict[str, Any]]:
