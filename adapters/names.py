@@ -51,15 +51,6 @@ class NamedVersions(ABC):
                 if self.stamp(parsed.name) == stamp:
                     raise  # else it was removed and collected in between: look again
 
-    def versions(self, name: str) -> list[Version]:
-        """All versions of a name, the newest first. Raises AdapterNotFound."""
-        record = self.record(name)
-        return [self.version(record, digest) for digest in reversed(record.versions)]
-
-    def labels(self, name: str) -> dict[str, str]:
-        """Label → digest. Raises AdapterNotFound."""
-        return dict(self.record(name).labels)
-
     def verify(self, version: Version) -> None:
         """Hashes a version's files again. Raises InvalidAdapter that names each file that is not what was published."""
         if faults := self._faults(version.digest):

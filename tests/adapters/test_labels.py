@@ -41,7 +41,7 @@ def test_a_label_moves_from_where_it_is_expected(store: AdapterStore, digests: t
         assert (caught.value.code, caught.value.reason) == ("ABORTED", "LABEL_MOVED")
     assert store.resolve("a@prod").digest == digests[1]
     assert store.move_label("a", "prod", digests[2]).digest == digests[2]
-    assert store.labels("a") == {"latest": digests[2], "prod": digests[2]}
+    assert store.record("a").labels == {"latest": digests[2], "prod": digests[2]}
 
 
 def test_moving_to_where_it_is_already_is_no_move(store: AdapterStore, digests: tuple[str, ...]) -> None:

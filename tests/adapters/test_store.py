@@ -39,8 +39,8 @@ def test_publishes_and_resolves(store: AdapterStore, tmp_path: Path) -> None:
     assert store.resolve("pirate") == store.resolve("pirate@latest") == store.resolve(f"pirate@{version.digest}")
     assert store.resolve("pirate") == version
     assert store.names() == ["pirate"]
-    assert store.labels("pirate") == {"latest": version.digest}
-    assert store.versions("pirate") == [version]
+    assert store.record("pirate").labels == {"latest": version.digest}
+    assert store.record("pirate").versions == (version.digest,)
     assert version.labels == ("latest",)
     manifest = version.manifest
     assert (manifest.rank, manifest.ranks, manifest.alpha, manifest.dtype) == (4, (4,), 8.0, "F32")
@@ -149,13 +149,13 @@ def test_any_change_is_another_version(store: AdapterStore, tmp_path: Path) -> N
 def test_labels_move_and_are_remembered(store: AdapterStore, tmp_path: Path) -> None:
     one, two = (write_adapter(tmp_path / str(seed), seed=seed) for seed in (1, 2))
     first = store.publish(one, "a", label="prod", **PUBLISH).digest
-    assert store.labels("a") == {"latest": first, "prod": first}
+    assert store.record("a").labels == {"latest": first, "prod": first}
     second = store.publish(two, "a", **PUBLISH).digest
-    assert store.labels("a") == {"latest": second, "prod": first}
+    assert store.record("a").labels == {"latest": second, "prod": first}
     assert store.resolve("a@prod").labels == ("prod",)
     store.publish(one, "a", **PUBLISH)
-    assert store.labels("a") == {"latest": first, "prod": first}
-    assert [version.digest for version in store.versions("a")] == [second, first]
+    assert store.record("a").labels == {"latest": first, "prod": first}
+    assert store.record("a").versions == (first, second)
     assert [(move.label, move.previous, move.digest) for move in store.record("a").history] == [
         ("latest", None, first),
         ("prod", None, first),

@@ -217,7 +217,7 @@ def test_another_publication_at_any_point_loses_nothing(tmp_path: Path) -> None:
         mine, other = publish_two_at_once(store, first, second, at)
         if other is None:
             break
-        assert store.labels("a") == {"latest": old, "mine": mine, "other": other}
+        assert store.record("a").labels == {"latest": old, "mine": mine, "other": other}
         assert len(store.record("a").history) == 3
         assert state(store)[2] == []
         at += 1

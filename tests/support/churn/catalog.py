@@ -79,7 +79,7 @@ class Catalog:
             if rng.random() < 0.2:
                 self._roll_back(name, label)
             else:
-                self._move(name, label, rng.choice([version.digest for version in self._store.versions(name)]))
+                self._move(name, label, rng.choice(self._store.record(name).versions[::-1]))
 
     def import_again(self, rng: random.Random) -> None:
         """Publish under a name what it never had, or had before; forget the oldest that is too much."""
@@ -87,9 +87,9 @@ class Catalog:
         entry = self._names[name]
         with entry.lock:
             self._publish(name, self._new_source() if rng.random() < 0.5 else rng.choice(list(entry.sources.values())))
-            for version in self._store.versions(name)[MAX_VERSIONS:]:
+            for digest in self._store.record(name).versions[:-MAX_VERSIONS]:
                 try:
-                    self._store.remove_version(name, version.digest)
+                    self._store.remove_version(name, digest)
                 except AdapterInUse:
                     continue  # a label points to it
 
