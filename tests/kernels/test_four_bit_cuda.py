@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.kernels.cuda.four_bit import COUNTERS, GROUP, code_pairs, repack
+from server.kernels.cuda.four_bit import COUNTERS, GROUP, code_pairs, repack, rows_macros
 from server.kernels.cuda.linear import RepackedFourBit
+from server.kernels.cuda.module import compile_source
 from server.kernels.cuda.plans import MULTIPROCESSORS, RowsPlan, WarpgroupPlan, choose
 from server.kernels.four_bit import QuantizedWeight, dequantize, pack_four_bit, quantize
 from server.kernels.reference.four_bit import CODES, code_table
@@ -125,6 +126,22 @@ def test_few_rows_are_one_kernels_and_many_the_others(shape):
     assert all(isinstance(choose(rows, *shape), RowsPlan) for rows in range(1, 17))
     assert all(isinstance(choose(rows, *shape), WarpgroupPlan) for rows in range(33, 257))
     assert not any(choose(rows, *shape) for rows in (0, 385, 512, 4096))
+
+
+CHOSEN = {choose(rows, *shape) for shape in (*MEASURED, (3072, 1024)) for rows in range(1, 33)}
+ROWS_PLANS = sorted((plan for plan in CHOSEN if isinstance(plan, RowsPlan)), key=str)
+
+
+@pytest.mark.parametrize(
+    ("plan", "dtype"), [*((plan, torch.bfloat16) for plan in ROWS_PLANS), (ROWS_PLANS[0], torch.float16)], ids=str
+)
+def test_the_source_compiles(plan: RowsPlan, dtype: torch.dtype) -> None:
+    assert compile_source("four_bit_rows.cu", rows_macros(plan, dtype), "sm_90a")
+
+
+@pytest.mark.parametrize("is_bfloat16", [0, 1])
+def test_the_source_of_dequantizing_compiles(is_bfloat16: int) -> None:
+    assert compile_source("four_bit_dense.cu", {"BF16": is_bfloat16}, "sm_90a")
 
 
 LAYERS = {"qkv": ((4096, 1024, 1024), 4096), "odd": ((48, 16, 16), 512), "down": ((4096,), 14336)}
