@@ -19,9 +19,12 @@ from server.metrics import Metrics
 from server.rpc.record import REQUEST_ID_METADATA, CallRecord, Generation, Observer, request_id_of
 from server.rpc.status import status_of, unexpected
 
-# A client ends its call by its own clock, which began before the server's: with less than this left (seconds), a
-# call that is cancelled was late.
+# A client ends its call by its own clock, which began before the server's, and gRPC's core sends a timeout that is
+# longer by up to a hundredth (it rounds up) and three more (it sends an earlier one again, as one byte): with less than
+# this left, in seconds and of the whole time, a call that is cancelled was late.
+# https://github.com/grpc/grpc/blob/master/src/core/ext/transport/chttp2/transport/hpack_encoder.cc
 CLOCK_SLACK = 0.05
+TIMEOUT_SLACK = 0.04
 
 # How long a status may take to leave, in seconds.
 ABORT_SECONDS = 0.5
@@ -160,7 +163,7 @@ class Call:
 
     def _is_late(self) -> bool:
         remaining = self._context.time_remaining()
-        return remaining is not None and remaining <= CLOCK_SLACK
+        return remaining is not None and remaining <= CLOCK_SLACK + TIMEOUT_SLACK * (self._elapsed() + remaining)
 
     def _ended(self, code: str, error: LorikeetError | None = None) -> None:
         record = self.record

@@ -221,7 +221,7 @@ def test_encoding_a_long_text_lets_other_threads_run(tmp_path: Path) -> None:
     while thread.is_alive():
         time.sleep(0)
         turns += 1
-    assert turns > 100
+    assert turns > 20  # with the lock held it would be a few, before and after
     assert encoded == tokenizer.encode_text(text)
 
 
