@@ -15,6 +15,7 @@ from locust.env import Environment
 from locust.exception import StopTest
 
 from adapters.errors import LorikeetError
+from loadtest.play import meet
 from loadtest.records import summary
 from loadtest.scenario import read_scenario
 from loadtest.users import Load, StreamUser, make_load, start_swaps
@@ -32,11 +33,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--results", default="", help="a JSON file for the exact numbers")
     parser.add_argument("--records", default="", help="a JSON file for every request")
     parser.add_argument("--share", default="0/1", help="which of how many Locusts that make one load")
+    parser.add_argument("--together", default="", help="a folder in which these wait for each other")
 
 
 @events.init.add_listener
-def wake(**_: Any) -> None:
-    """gevent's clock stands since the imports began: Locust's timer for --run-time would count from there."""
+def wake(environment: Environment, **_: Any) -> None:
+    """Wait for the other shares. gevent's clock stands since the imports began: Locust's timer for --run-time would
+    count from there."""
+    options = environment.parsed_options
+    if options is not None and options.together:
+        meet(Path(options.together), *_share(options.share))
     gevent.get_hub().loop.update_now()
 
 
@@ -50,14 +56,18 @@ def begin(environment: Environment, **_: Any) -> None:
     address = (environment.host or DEFAULT_SERVER).removeprefix("http://")
     try:
         scenario = read_scenario(options.scenario).at(rate=options.rate)
-        index, _, count = options.share.partition("/")
-        load = make_load(scenario, address, options.mode, num_users, (int(index), int(count)))
+        load = make_load(scenario, address, options.mode, num_users, _share(options.share))
     except LorikeetError as error:
         logging.getLogger(__name__).error("%s", error)
         environment.process_exit_code = 2
         raise StopTest from error
     environment.lorikeet_load = load  # type: ignore[attr-defined]
     load.swapping = start_swaps(environment, load)
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    return int(index), int(count)
 
 
 @events.test_stopping.add_listener

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def play(
         for i, (share, file) in enumerate(zip(shares, files, strict=True)):
             played = Path(scratch) / f"scenario-{i}.json"
             played.write_bytes(msgspec.json.encode(share))
-            options = ["--records", str(file), "--share", f"{i}/{len(shares)}"]
+            options = ["--records", str(file), "--share", f"{i}/{len(shares)}", "--together", scratch]
             options += ["--mode", mode] if mode else []
             options += ["--csv", csv if i == 0 else f"{csv}-{i}"] if csv else []
             commands.append(locust_command(share, played, address, options))
@@ -75,6 +76,17 @@ def locust_command(scenario: Scenario, file: Path, address: str, options: Sequen
     command += ["--host", address, "--scenario", str(file), "--users", str(users), "--spawn-rate", str(users)]
     stop = str(math.ceil(scenario.timeout))  # Locust knows whole seconds alone
     return [*command, "--run-time", f"{scenario.seconds}s", "--stop-timeout", stop, *options]
+
+
+def meet(folder: Path, index: int, count: int, timeout: float = SLACK_SECONDS) -> None:
+    """Wait until all `count` processes of one load are here, so that one's run is not over when another's begins.
+    Raises LoadTestFailed."""
+    (folder / f"here-{index}").touch()
+    deadline = time.monotonic() + timeout
+    while (here := sum(1 for _ in folder.glob("here-*"))) < count:
+        if time.monotonic() > deadline:
+            raise LoadTestFailed(f"{here} of {count} processes of Locust were there after {timeout:g} s")
+        time.sleep(0.01)
 
 
 @contextmanager

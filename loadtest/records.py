@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from loadtest.errors import LoadTestFailed
 from loadtest.scenario import Scenario
 
 PERCENTILES = (50, 90, 95, 99)
@@ -65,8 +66,11 @@ class Run(msgspec.Struct):
 
 
 def summary(runs: Sequence[Run], scenario: Scenario) -> dict[str, object]:
-    """Of one load, from the end of the warm-up to the end of the run, by all the processes that made it."""
+    """Of one load, from the end of the warm-up to the end of the run, by all the processes that made it. Raises
+    LoadTestFailed where nothing is in between."""
     begin, end = max(run.began for run in runs) + scenario.warmup, min(run.ended for run in runs)
+    if end <= begin:
+        raise LoadTestFailed("nothing was measured: no time was left after the warm-up when the first process ended")
     swaps = [swap for run in runs for swap in run.swaps]
     done = [swap.seconds for swap in swaps if swap.is_ok]
     return {

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.live import quantile
-from loadtest.records import Record, quantiles, summarize
+from loadtest.errors import LoadTestFailed
+from loadtest.records import Record, Run, quantiles, summarize, summary
+from loadtest.scenario import Fixed, Scenario
 
 
 def test_a_request_s_times() -> None:
@@ -51,6 +53,14 @@ def test_throughput_is_of_the_window_and_latencies_of_what_ended_after_its_begin
     assert isinstance(adapters, dict)
     assert {name: kind["requests"] for name, kind in adapters.items()} == {"a": 2, "base": 1}
     assert adapters["base"]["ttft_seconds"]["p99"] == 0.5
+
+
+def test_a_window_that_is_none_is_no_result() -> None:
+    played = Scenario(name="a test", prompt=Fixed(5), output=Fixed(7), seconds=3, warmup=1.0)
+    early, late = (Run("", 1, begin, begin + 3.0, [], []) for begin in (10.0, 12.5))
+    assert summary([early], played)["seconds"] == 2.0
+    with pytest.raises(LoadTestFailed, match="after the warm-up"):
+        summary([early, late], played)
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=220))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtest.draws import Draws
-from loadtest.errors import ScenarioError
-from loadtest.play import locust_command, split
+from loadtest.errors import LoadTestFailed, ScenarioError
+from loadtest.play import locust_command, meet, split
 from loadtest.scenario import (
     FOLDER,
     Adapters,
@@ -162,6 +162,13 @@ def test_gaps_are_those_of_a_poisson_process() -> None:
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / len(gaps))
     assert mean == pytest.approx(0.25, rel=0.1)
     assert spread == pytest.approx(mean, rel=0.1)  # exponential: its deviation is its mean
+
+
+def test_processes_of_one_load_wait_for_each_other(tmp_path: Path) -> None:
+    with pytest.raises(LoadTestFailed, match="1 of 2 processes"):
+        meet(tmp_path, 0, 2, timeout=0.0)
+    meet(tmp_path, 1, 2, timeout=0.0)
+    meet(tmp_path, 0, 2, timeout=0.0)
 
 
 def test_locust_is_told_whole_seconds() -> None:
