@@ -222,8 +222,31 @@ def test_a_system_that_does_not_say_what_is_free_asks_for_the_options(tmp_path: 
             meminfo.write_text(text)
         with pytest.raises(ConfigError, match="set --kv-cache-memory"):
             free_host_bytes(meminfo)
-    meminfo.write_text("MemTotal: 5 kB\nMemAvailable: 3 kB\n")
-    assert free_host_bytes(meminfo) == 3072
+
+
+@pytest.mark.parametrize(
+    ("limits", "free"),
+    [
+        ({}, 9000),
+        ({"": "max", "pod": "max", "pod/box": "max"}, 9000),
+        ({"pod/box": 6000}, 6000 - 5000 + 700),
+        ({"pod": 5600, "pod/box": 9000}, 5600 - 5000 + 700),
+        ({"pod/box": 4000}, 0),
+        ({"": 20000}, 9000),
+    ],
+    ids=str,
+)
+def test_a_container_s_limit_bounds_what_is_free(limits: dict[str, int | str], free: int, tmp_path: Path) -> None:
+    """The files are as cgroup v2 has them; the machine has 9 MB free, and each limited group uses 5."""
+    (tmp_path / "meminfo").write_text("MemTotal: 50000 kB\nMemAvailable: 9000 kB\n")
+    (tmp_path / "own").write_text("1:cpu:/elsewhere\n0::/pod/box\n")
+    for group, limit in limits.items():
+        folder = tmp_path / "groups" / group
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit * 1024 if isinstance(limit, int) else limit}\n")
+        (folder / "memory.current").write_text(f"{5000 * 1024}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {600 * 1024}\nactive_file {100 * 1024}\n")
+    assert free_host_bytes(tmp_path / "meminfo", tmp_path / "own", tmp_path / "groups") == free * 1024
 
 
 def test_it_loads_no_torch() -> None:
