@@ -51,8 +51,8 @@ TOLERANCES = {
 
 
 class Canary:
-    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own; what computes
-    keeps to `pace`."""
+    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own and, all but the
+    model's pass, in a stream of its own; what computes keeps to `pace`."""
 
     def __init__(
         self,
@@ -109,7 +109,19 @@ class Canary:
             attention=TorchAttention(spec.softmax_scale, spec.num_kv_heads, n, self._device).plan([], chunks),
             lora=lora,
         )
-        return self._model.forward(batch, cache)
+        return self._forward(batch, cache)
+
+    def _forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """On a GPU in the step loop's stream, between its kernels: the blocks of threads of a 4-bit product meet at
+        counters that there are one set of for each weight."""
+        if self._stream is None:
+            return self._model.forward(batch, cache)
+        loop = torch.cuda.default_stream(self._device)
+        loop.wait_stream(self._stream)
+        with torch.cuda.stream(loop):
+            logits = self._model.forward(batch, cache)
+        self._stream.wait_stream(loop)
+        return logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from server.engine.messages import AdapterRef, SamplingParams, StopParams, Submit
-from tests.engine.inprocess import Driver, make_adapter
+from benchmarks import synthetic
+from server.engine.messages import AdapterRef, LoadAdapter, SamplingParams, StopParams, Submit
+from tests.engine.inprocess import Driver, adapter_ref, make_adapter
 
 pytestmark = pytest.mark.gpu
 
@@ -171,3 +172,39 @@ def test_a_step_is_committed_when_the_device_is_done_with_it(
     driver.submit("long", list(range(200)), 1)
     driver.run("long")
     assert not ends
+
+
+def test_adapters_that_are_proved_beside_steps_change_no_bit_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 4-bit product of few rows is split among blocks of threads, and a canary's has as few rows as a step's."""
+    monkeypatch.setitem(synthetic.SHAPES, "short", (4096, 14336, 2, 32, 8, 128, 4096))
+    device = torch.device("cuda")
+    spec = synthetic.write_base(tmp_path / "base", "short", "none", device)
+    synthetic.write_adapters(spec, tmp_path, 24, 8, False, device)
+    settings = {"page_size": 16, "max_num_seqs": 8, "max_model_len": 1024, "kv_cache_bytes": 1 << 28}
+    driver = Driver(
+        tmp_path / "base",
+        overlap=None,
+        device="cuda",
+        dtype="bfloat16",
+        quantization="nf4",
+        prefix_caching=False,
+        adapter_cache_bytes=1 << 28,
+        **settings,
+    )
+
+    def answers(tag: str) -> list[list[tuple[int, float]]]:
+        names = [f"{tag}{i}" for i in range(8)]
+        for i, name in enumerate(names):
+            driver.submit(name, [3 + i] * 16, 1000, logprobs=0)
+        driver.run(*names)
+        drawn = [[(out.token_ids[0], out.logprobs or []) for out in driver.inbox.outputs[name]] for name in names]
+        return [[(token, logprobs[0].logprob) for token, logprobs in each] for each in drawn]
+
+    quiet = answers("quiet")
+    for i in range(24):
+        driver.engine.handle(LoadAdapter(f"load{i}", adapter_ref(tmp_path / f"a{i}")))
+    assert answers("busy") == quiet
+    for i in range(24):
+        assert driver.answer(f"load{i}").error is None
