@@ -150,7 +150,15 @@ def container(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """ENTRYPOINT and CMD, with a tiny base and on free ports."""
     directory = tmp_path_factory.mktemp("container")
     save_tiny_base(directory / "tiny")
-    command = [*stages()[-1].command("ENTRYPOINT")[2:], *stages()[-1].command("CMD"), "--json", "--threads", "1"]
+    command = [
+        *stages()[-1].command("ENTRYPOINT")[2:],
+        *stages()[-1].command("CMD"),
+        "--json",
+        "--threads",
+        "1",
+        "--grace",
+        "120",
+    ]
     command += ["--host", "127.0.0.1", "--metrics-host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
     command += ["--base", str(directory / "tiny"), "--store", str(directory / "adapters"), "--device", "cpu"]
     environment = image.environment(directory / "home")
