@@ -51,8 +51,8 @@ TOLERANCES = {
 
 
 class Canary:
-    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own and, all but the
-    model's pass, in a stream of its own; what computes keeps to `pace`."""
+    """Checks adapters in rows that no sequence holds yet. Runs on a loader's thread, with KV of its own and, all but
+    the model's pass, in a stream of its own; what computes keeps to `pace`."""
 
     def __init__(
         self,
