@@ -139,10 +139,10 @@ def test_requests_that_cannot_be_served_leave_a_line_each(watched: ServerProcess
     for request_id, fields in {
         "stranger": generation(PROMPT, "nobody"),
         "hot": generation(PROMPT, temperature=9.0),
-        "late": generation(PROMPT, "rank-4", 10_000),
+        "late": generation(PROMPT, "rank-4", 15_000),
     }.items():
         with pytest.raises(grpc.RpcError):
-            caller.generate(fields | {"request_id": request_id}, timeout=0.5 if request_id == "late" else 60)
+            caller.generate(fields | {"request_id": request_id}, timeout=3 if request_id == "late" else 60)
     stranger, hot, late = (line_of(watched, request_id) for request_id in ("stranger", "hot", "late"))
     assert (stranger["code"], stranger["adapter_id"]) == ("NOT_FOUND", "nobody")
     assert (hot["code"], hot["field"]) == ("INVALID_ARGUMENT", "sampling.temperature")

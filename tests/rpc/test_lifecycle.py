@@ -200,10 +200,10 @@ def test_the_server_answers_not_serving_while_the_model_loads() -> None:
             assert running.port == port
         await probing
 
-    with socket.socket() as finder:
-        finder.bind(("127.0.0.1", 0))
-        free = finder.getsockname()[1]
-    asyncio.run(scenario(free))
+    with socket.socket() as holder:  # bound, not listening: nobody else is given the port, and the server may have it
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        asyncio.run(scenario(holder.getsockname()[1]))
 
 
 def test_an_engine_that_does_not_start_is_told_and_nothing_stays_behind() -> None:
