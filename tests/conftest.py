@@ -22,9 +22,8 @@ NEEDS = {
     "systemd": "systemd-analyze (scripts/test-tools)",
 }
 
-settings.register_profile(
-    "dev", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)  # on a busy machine all is
+# A busy machine is slow to draw, too.
+settings.register_profile("dev", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
