@@ -3,9 +3,9 @@
     python -m benchmarks.serving [--model DIR] [--streams 16] [--adapters 16] [--prompt 32] [--new 256]
 
 A server is started as a process of its own on loopback. `streams` clients, in one more process, each stream `new`
-tokens, stream i with adapter i % adapters; `tok_s` is all their tokens over the time from the first token of the
-last stream to have one, to the first end of a stream: the batch is full throughout. The engine is timed over the
-same steps in this process. `rss_bytes` is what front end and engine hold together before the first request, `ready_s`
+tokens, stream i with adapter i % adapters; `decode_tok_s` is all their tokens over the time from the first token of the
+last stream to have one, to the first end of a stream: the batch is full throughout. The engine is timed over as many
+steps in a process of its own. `rss_bytes` is what front end and engine hold together before the first request, `ready_s`
 the time from the start of the process until it takes requests.
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 import grpc
 
 from adapters.store import AdapterStore
+from benchmarks.live import surroundings
 from benchmarks.random_adapters import write_random_adapters
 from lorikeet.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from server.base.resolve import BaseModel, resolve_base
@@ -49,13 +50,10 @@ def main() -> None:
         served = time_server(args, Path(scratch) / "store")
         alone = time_engine(args, Path(scratch) / "adapters")
     case = {"mode": "lora", "batch": args.streams, "adapters": args.adapters}
-    name = f"lorikeet {version('lorikeet')}"
-    print(json.dumps({"peer": f"{name} engine", **case, "decode_tok_s": round(alone, 1)}))
-    print(
-        json.dumps(
-            {"peer": f"{name} grpc", **case, **served, "share_of_engine": round(served["decode_tok_s"] / alone, 3)}
-        )
-    )
+    name, about = f"lorikeet {version('lorikeet')}", surroundings()
+    served["share_of_engine"] = round(served["decode_tok_s"] / alone, 3)
+    print(json.dumps({"peer": f"{name} engine", **case, "decode_tok_s": round(alone, 1), **about}))
+    print(json.dumps({"peer": f"{name} grpc", **case, **served, **about}))
 
 
 def publish(base: BaseModel, scratch: Path, count: int, rank: int) -> None:

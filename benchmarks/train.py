@@ -5,7 +5,7 @@ script that times TRL beside it.
 
 No tokenizer and no data are needed: rows are token ids. A model's directory with nothing but a config.json gets random
 weights, made on the device. Prints one JSON line: milliseconds a step, tokens a second, peak GiB (on a GPU torch's,
-else the process's), and what `trainer estimate` says of it.
+else the process's), what `trainer estimate` says of it, and what it was timed on.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.live import surroundings
 from benchmarks.random_base import random_base
 from trainer.batches import Feed
 from trainer.devices import choose_device
@@ -143,7 +144,9 @@ def main() -> None:
         device=device,
         checkpointing=options.checkpointing,
     )
-    print(json.dumps(outcome | {"estimate_gib": round(expected.total / 2**30, 1)} | clock.profiled), flush=True)
+    about = surroundings() | ({"hardware": torch.cuda.get_device_name(device)} if cuda else {})
+    outcome |= {"estimate_gib": round(expected.total / 2**30, 1)} | clock.profiled
+    print(json.dumps(outcome | about), flush=True)
 
 
 if __name__ == "__main__":
