@@ -8,8 +8,8 @@ from trainer.launch import is_launched
 
 if __name__ == "__main__":
     code = main()
-    if code and is_launched():  # at once: while the interpreter is torn down, gloo's threads may abort the process,
-        sys.stdout.flush()  # and the other processes would notice that this one ends before torchrun does
+    if is_launched():  # at once: while the interpreter is torn down, threads of gloo or NCCL may abort the process, and
+        sys.stdout.flush()  # others would notice that this one ends before torchrun does
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -123,6 +123,9 @@ def _train(
     base_model: Any,
     group: Group,
 ) -> Report:
+    prepared = replace(  # by the device with the least room, since all have to do the same
+        prepared, sharded=group.any(prepared.sharded), checkpointing=group.any(prepared.checkpointing)
+    )
     held = settings.base_quantization or str(prepared.dtype).removeprefix("torch.")
     where = f"{prepared.device} × {group.size}" if group.size > 1 else str(prepared.device)
     watcher.note(f"loading {prepared.base.name} ({held}{', sharded' if prepared.sharded else ''}, {where})")

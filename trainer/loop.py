@@ -203,6 +203,7 @@ class Loop:
                     break
                 if self._group.any(listener.is_stopped()):
                     listener.save(state)
+                    self._group.any(False)  # a process that ended sooner would have the first ended while it writes
                     raise Interrupted
         return Result.of(self.progress)
 

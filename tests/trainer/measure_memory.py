@@ -10,13 +10,13 @@ there. Blocks go straight back to the kernel (MALLOC_MMAP_THRESHOLD_), so the pe
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tests.trainer.processes import meeting_place
 from tests.trainer.recorder import Recorder
 from trainer.batches import Feed
 from trainer.encoding import Example
@@ -64,9 +64,7 @@ def measure(
 
 def measure_apart(tiny: Path, case: dict[str, Any], base: Path, settings: Settings) -> int:
     """The same in processes of their own, of which the last one's counts."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    store, address = meeting_place()
     rows, length, size = case["rows"], case["length"], case.get("devices", 1)
     dtype: Any = getattr(torch, case["dtype"])
     reader, writer = os.pipe()
@@ -83,6 +81,7 @@ def measure_apart(tiny: Path, case: dict[str, Any], base: Path, settings: Settin
             os._exit(0)
         pids.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    del store
     if any(codes):
         sys.exit(f"{case}: a process failed")
     return int(os.read(reader, 100))

@@ -73,6 +73,7 @@ def ended(common: dict[str, Any], place: Path) -> dict[str, Ended]:
         for run in (f"{name}-again", f"{name}-alone"):
             jobs.append({"run": run, "size": 2, "settings": settings, "stop": 3})
         jobs.append({"run": f"{name}-again", "size": 2, "resume": True})
+    jobs.append({"run": "one-with-less", "size": 2, "settings": common, "memory": [1 << 40, 1000]})
     jobs.append({"run": "faulty", "size": 2, "settings": common, "fail": 3})
     jobs.append({"run": "uneven", "size": 2, "settings": common | {"batch_size": 5}})
     given = [job | {"run": str(place / job["run"])} for job in jobs]
@@ -132,6 +133,12 @@ def test_one_process_goes_on_with_what_two_began(name: str, ended: dict[str, End
     assert ended[f"{name}-alone"].codes == [STOPPED, STOPPED]
     resume(place / f"{name}-alone")
     assert_same(place / f"{name}-whole", place / f"{name}-alone")
+
+
+def test_all_do_what_the_one_with_the_least_memory_has_to(ended: dict[str, Ended], place: Path) -> None:
+    """It cannot hold the base, nor a step without checkpointing."""
+    assert ended["one-with-less"] == Ended([0, 0], ["", ""])
+    assert_same(place / "lora", place / "one-with-less")
 
 
 def test_a_process_that_fails_ends_the_others(ended: dict[str, Ended], place: Path) -> None:

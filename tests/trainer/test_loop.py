@@ -14,7 +14,8 @@ from tests.trainer.recorder import Recorder
 from trainer.batches import Feed, collate
 from trainer.encoding import Example
 from trainer.errors import TrainingError
-from trainer.loop import Loop, Step
+from trainer.groups import Alone
+from trainer.loop import Interrupted, Loop, Step
 from trainer.loss import CausalLoss
 from trainer.methods.adapter import add_adapter
 from trainer.settings import Settings
@@ -120,6 +121,29 @@ def test_a_fault_that_is_not_memory_is_not_taken_for_it(base: BaseModel, monkeyp
     monkeypatch.setattr(CausalLoss, "__call__", lambda self, batch: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         optimise(base, examples())
+
+
+def test_an_interrupted_run_ends_when_the_first_process_has_saved(base: BaseModel) -> None:
+    """Else torchrun sees the others end, and ends the first while it writes."""
+    heard: list[str] = []
+
+    class Pair(Alone):
+        """Of two processes this one; the other is told to stop."""
+
+        def any(self, flag: bool) -> bool:
+            heard.append("waits")
+            return len(heard) == 2  # of a step: whether memory ran out, whether to stop
+
+    class Stopped(Recorder):
+        def save(self, progress: Any) -> None:
+            heard.append("saves")
+
+    rows = examples()
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    feed = Feed(lambda first: [rows][first:], batch_size=6, pack_to=None, seed=0)
+    with pytest.raises(Interrupted):
+        Loop(model, Settings(batch_size=6), pad_id=0, device=CPU, group=Pair()).run(feed, 9, [], Stopped())
+    assert heard == ["waits", "waits", "saves", "waits"]
 
 
 def test_lora_plus_gives_b_its_own_rate(base: BaseModel) -> None:
