@@ -107,7 +107,7 @@ class Driver:
 
     def run(self, *request_ids: str) -> None:
         """Step until these have ended."""
-        self._step_until(lambda: all(self.inbox.ended(request_id) for request_id in request_ids))
+        self.step_until(lambda: all(self.inbox.ended(request_id) for request_id in request_ids))
 
     def call(self, message: Call) -> CallDone:
         """Step until the call is answered."""
@@ -116,10 +116,11 @@ class Driver:
 
     def answer(self, call_id: str) -> CallDone:
         """Step until a call that was made is answered."""
-        self._step_until(lambda: call_id in self.inbox.calls)
+        self.step_until(lambda: call_id in self.inbox.calls)
         return self.inbox.calls.pop(call_id)
 
-    def _step_until(self, is_done: Callable[[], bool]) -> None:
+    def step_until(self, is_done: Callable[[], bool]) -> None:
+        """Step until it is so; all must be accounted for then."""
         for _ in range(MAX_STEPS):
             if is_done():
                 break
