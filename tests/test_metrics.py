@@ -3,8 +3,11 @@
 import bisect
 import math
 import os
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from types import SimpleNamespace
@@ -380,3 +383,30 @@ def test_the_page_is_served_and_a_port_in_use_is_named() -> None:
     with pytest.raises(ConfigError, match=rf"metrics_port: .*port {served.port}"):
         MetricsPage(Metrics(), "127.0.0.1", served.port)
     served.close()
+
+
+def test_connections_to_the_page_that_break_leave_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    """As load balancers probe a port: they connect, and reset."""
+    served = MetricsPage(Metrics(), "127.0.0.1", 0)
+    before = set(threading.enumerate())
+    connection = socket.create_connection(("127.0.0.1", served.port))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    with urllib.request.urlopen(f"http://127.0.0.1:{served.port}/metrics") as answer:  # taken after the other
+        assert answer.status == 200
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    served.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_connection_to_the_page_that_says_nothing_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each takes a thread."""
+    monkeypatch.setattr("server.metrics.page.PATIENCE", 0.05)
+    served = MetricsPage(Metrics(), "127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
+        assert connection.recv(1) == b""
+    served.close()
+    assert capfd.readouterr().err == ""

@@ -1,6 +1,8 @@
 """Where Prometheus reads the metrics, and people the status."""
 
+import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from socketserver import ThreadingMixIn
@@ -21,11 +23,21 @@ _HEADERS = [
     ("Cache-Control", "no-store"),
 ]
 
+# How long a connection may say nothing, or not read, in seconds: each takes a thread.
+PATIENCE = 30.0
+
+_logger = logging.getLogger(__name__)
+
 _App = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke, or was let go, is nobody's error."""
+        if not isinstance(sys.exception(), OSError):
+            _logger.exception("the metrics page failed")
 
 
 class _Server6(_Server):
@@ -33,6 +45,10 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
+    def setup(self) -> None:
+        self.timeout = PATIENCE
+        super().setup()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Looks are not logged."""
 
