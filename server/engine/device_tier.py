@@ -40,9 +40,6 @@ class DeviceTier:
         self.barred: set[str] = set()
         self.num_evictions = 0
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self.entries
-
     def is_available(self, digest: str) -> bool:
         """Whether `acquire` would succeed now."""
         entry = self.entries.get(digest)

@@ -148,19 +148,6 @@ class Scheduler:
             self.cancel(request_id)
         return dropped
 
-    def drop_all(self) -> list[str]:
-        """End every sequence and forget the uncommitted plans; the ids. For when the device is idle or lost."""
-        dropped = list(self._by_id)
-        for plan in self._uncommitted:
-            for chunk in plan.chunks:
-                chunk.seq.in_flight -= 1
-        self._uncommitted.clear()
-        for seq in list(self._draining):
-            self._release_if_idle(seq)
-        for request_id in dropped:
-            self.cancel(request_id)
-        return dropped
-
     def _enqueue(self, seq: Sequence) -> None:
         self._waiting.push(seq)
         self._missing.notice(seq, self._clock())

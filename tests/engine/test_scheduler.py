@@ -333,27 +333,6 @@ def test_a_cancelled_id_may_be_used_again_while_it_drains() -> None:
     assert len(world.outputs["r0"]) == 2
 
 
-@BOTH
-def test_dropping_all_leaves_nothing(overlap: bool) -> None:
-    world = World(num_pages=12, max_num_seqs=3, resident={"a"})
-    for index in range(6):
-        world.submit([index + 1] * 8, "a" if index % 2 else "", max_tokens=20)
-    world.submit([1], "absent")
-    for _ in range(12):
-        world.step(overlap)
-    if overlap:
-        world.plan()
-    assert sorted(world.scheduler.drop_all()) == sorted(world.alive)
-    world.check()
-    world.check_idle()
-    assert not world.scheduler.has_work
-    world.uncommitted.clear()
-    world.device.launched.clear()
-    world.alive.clear()
-    world.submit([1, 2, 3])
-    world.drain()
-
-
 # Adapters
 
 
