@@ -29,7 +29,9 @@ def html_report(report: Report) -> str:
         "<h2>Memory</h2>",
         f'<div class="wide">{bars(device_memory(report), title="On the device, by kind", form=size_text)}</div>',
         _table(memory(report)),
-        f"<h2>The load generator itself</h2><p class=soft>{GENERATOR.replace('`', '')}</p>{_table(generator(report))}",
+        f"<h2>The load generator itself</h2><p class=soft>{GENERATOR.replace('`', '')}</p>{_table(generator(report))}"
+        if report["echo"]
+        else "",
         f"<h2>Left out</h2><ul>{''.join(left_out)}</ul>" if left_out else "",
         f"<h2>To repeat it</h2><pre>{escape(commands)}</pre><p class=soft>{escape(environment_of(report))}</p>",
     ]

@@ -23,7 +23,8 @@ def markdown_report(report: Report) -> str:
     if (narrow := four_bits(report)).rows:
         blocks += ["## Is 4-bit slower?", FOUR_BITS, _table(narrow)]
     blocks += ["## Memory", _table(memory(report))]
-    blocks += ["## The load generator itself", GENERATOR, _table(generator(report))]
+    if report["echo"]:
+        blocks += ["## The load generator itself", GENERATOR, _table(generator(report))]
     if report["left_out"]:
         blocks += ["## Left out", "\n".join(f"- {mode['title']}: {mode['why']}" for mode in report["left_out"])]
     commands = "\n".join([report["command"], *(mode["command"] for mode in report["modes"])])
@@ -65,8 +66,8 @@ def environment_of(report: Report) -> str:
     if len(commits) > 1:
         surroundings = [text for text in surroundings if not text.startswith("commit ")]
         surroundings += [f"{', '.join(names)} at commit {commit}" for commit, names in commits.items()]
-    devices = {f"{mode.get('device')} in {mode.get('dtype')}" for mode in report["modes"]}
-    return f"On {', '.join(sorted(devices))}; " + ", ".join(surroundings) + "."
+    devices = {f"{mode.get('device')} in {mode.get('dtype')}, " for mode in report["modes"]}
+    return f"On {''.join(sorted(devices))}{', '.join(surroundings)}."
 
 
 def _table(table: Table) -> str:

@@ -104,6 +104,10 @@ def test_markdown_has_tables_commands_and_what_is_missing(report: dict[str, Any]
     assert "python -m loadtest compare --users 1,4,16" in text
     assert "answers of about 64 tokens" in text
     assert "commit abc" in text
+    assert "On cpu in bfloat16, cpu two cores, commit abc." in text
+    assert "## The load generator itself" in text
+    bare = report | {"modes": [], "echo": []}
+    assert "The load generator itself" not in markdown_report(bare) + html_report(bare), "nothing was measured of it"
     modes = [mode | {"commit": "def" if mode["name"] == "lora-4" else "abc"} for mode in report["modes"]]
     text = markdown_report(report | {"modes": modes})
     assert "base-16, lora-16, merged-16, base-4 at commit abc, lora-4 at commit def." in text
