@@ -4,6 +4,7 @@
     ├── InvalidRequest      INVALID_ARGUMENT     a field of a request is out of range; `field` names it
     ├── UnknownMethod       UNIMPLEMENTED        no service here has such a method
     ├── ServerBusy          RESOURCE_EXHAUSTED   the waiting queue is full; carries retry_after
+    ├── AnswerTooLarge      RESOURCE_EXHAUSTED   an answer takes more bytes than a message may have
     ├── ShuttingDown        UNAVAILABLE          the server is stopping and takes no new requests
     ├── StreamStalled       ABORTED              the client did not read its stream for too long
     ├── EngineUnavailable   UNAVAILABLE          the engine process died or is not ready yet
@@ -48,6 +49,13 @@ class ServerBusy(LorikeetError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = "SERVER_BUSY"
+
+
+class AnswerTooLarge(LorikeetError):
+    """An answer takes more bytes than a message may have."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = "ANSWER_TOO_LARGE"
 
 
 class ShuttingDown(LorikeetError):

@@ -404,7 +404,7 @@ def test_a_connection_to_the_page_that_says_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Each takes a thread."""
-    monkeypatch.setattr("server.metrics.page.PATIENCE", 0.05)
+    monkeypatch.setattr("server.metrics.page._Handler.timeout", 0.05)
     served = MetricsPage(Metrics(), "127.0.0.1", 0)
     with socket.create_connection(("127.0.0.1", served.port), timeout=60) as connection:
         assert connection.recv(1) == b""

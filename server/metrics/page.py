@@ -45,9 +45,7 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    def setup(self) -> None:
-        self.timeout = PATIENCE
-        super().setup()
+    timeout = PATIENCE
 
     def log_message(self, format: str, *args: Any) -> None:
         """Looks are not logged."""

@@ -8,12 +8,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from adapters.errors import LorikeetError
 from adapters.ids import parse_adapter_id
-from server.errors import ShuttingDown
+from server.errors import AnswerTooLarge, ShuttingDown
 from server.frontend.types import Delta, GenerateRequest
 from server.metrics import Metrics
 from server.rpc.record import REQUEST_ID_METADATA, CallRecord, Generation, Observer, request_id_of
@@ -34,7 +35,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 class Calls:
     """The calls in progress. `drain` refuses new ones; `idle` waits for those that run. The observers hear of each when
-    it has ended, in their order; with `keeps_texts` its record has what was generated."""
+    it has ended, in their order; with `keeps_texts` its record has what was generated. No answer has more than
+    `max_message_bytes`."""
 
     def __init__(
         self,
@@ -42,10 +44,12 @@ class Calls:
         observers: Sequence[Observer] = (),
         *,
         keeps_texts: bool = False,
+        max_message_bytes: int = 4 * 1024 * 1024,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.metrics = metrics
         self.keeps_texts = keeps_texts
+        self.max_message_bytes = max_message_bytes
         self.clock = clock
         self._observers = tuple(observers)
         self.draining = False
@@ -115,6 +119,12 @@ class Call:
         """Raises ShuttingDown when the server is stopping."""
         if self._calls.draining:
             raise ShuttingDown("the server is shutting down and takes no new requests", retry_after=1.0)
+
+    def check_size(self, answer: Message) -> None:
+        """Of a whole answer, while the call can still end otherwise. Raises AnswerTooLarge."""
+        size, limit = answer.ByteSize(), self._calls.max_message_bytes
+        if size > limit:
+            raise AnswerTooLarge(f"the answer has {size} bytes, the limit is {limit}; stream it, or ask for less")
 
     async def __aenter__(self) -> Self:
         self._calls.entered()

@@ -71,7 +71,10 @@ def _method_handler(
                 call.refuse_if_draining()
             if isinstance(request, InvalidRequest):
                 raise request
-            return await method(request, call)
+            answer = await method(request, call)
+            if answer is not None:
+                call.check_size(answer)
+            return answer
 
     make = grpc.unary_stream_rpc_method_handler if descriptor.server_streaming else grpc.unary_unary_rpc_method_handler
     response = message_factory.GetMessageClass(descriptor.output_type)

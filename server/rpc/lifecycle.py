@@ -45,7 +45,7 @@ async def run(
 ) -> None:
     """`serve` with its parts given; the observers hear of each call. Listens (not yet SERVING) before the backend
     starts: a port in use is found before a model is loaded, and probes are answered meanwhile."""
-    calls = Calls(metrics, observers, keeps_texts=config.log_prompts)
+    calls = Calls(metrics, observers, keeps_texts=config.log_prompts, max_message_bytes=config.max_message_bytes)
     checks = health.Health([service.full_name for service in SERVICES])
     loop = asyncio.get_running_loop()
 

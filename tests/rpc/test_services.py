@@ -361,6 +361,24 @@ def test_a_client_that_does_not_read_for_too_long_is_let_go(caplog: pytest.LogCa
     asyncio.run(scenario())
 
 
+def test_a_whole_answer_past_the_limit_is_refused_and_counted_so(caplog: pytest.LogCaptureFixture) -> None:
+    async def talk(request: GenerateRequest) -> AsyncGenerator[Delta]:
+        yield Delta("x" * 2000, [1], DIGEST)
+        yield last_delta(1)
+
+    async def scenario() -> None:
+        async with serving(FakeBackend(talk), max_message_bytes=1000) as running:
+            code, message, details = await failure(running.inference.Generate(Whole(text="x")))
+            assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "the limit is 1000" in message
+            assert details["ErrorInfo"].reason == "ANSWER_TOO_LARGE"
+        labels = {"method": "Generate", "code": "RESOURCE_EXHAUSTED", "adapter": "base"}
+        assert running.value("lorikeet_requests_total", **labels) == 1
+        assert "Traceback" not in caplog.text
+
+    asyncio.run(scenario())
+
+
 def test_adapters_are_listed_by_page_and_described() -> None:
     async def scenario() -> None:
         backend = FakeBackend()
