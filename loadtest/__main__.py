@@ -13,7 +13,10 @@ from loadtest.run import echo, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    known = parser()
+    options = known.parse_args(arguments)
+    if getattr(options, "server", None) and (options.base or options.options):
+        known.error("argument --server: --base and what follows -- are for a server of its own")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server of its own is left behind
     try:
         code: int = options.function(options)

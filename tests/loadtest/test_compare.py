@@ -80,10 +80,12 @@ def test_reports_of_different_modes_are_joined() -> None:
         ["run", "--processes", "0"],
         ["overload", "--rounds", "0"],
         ["overload", "--factor", "0"],
+        ["overload", "--server", "127.0.0.1:1", "--base", "mine"],
+        ["run", "--server", "127.0.0.1:1", "--", "--max-num-seqs", "4"],
     ],
     ids=" ".join,
 )
-def test_numbers_that_cannot_be_are_refused_before_anything_starts(
+def test_what_cannot_be_is_refused_before_anything_starts(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:
