@@ -96,7 +96,10 @@ def _template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
     """chat_template.jinja, else the config's `chat_template`: a string, or a list of named ones."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BaseModelError(f"{path} is not UTF-8: {error}") from error
     source = config.get("chat_template")
     if isinstance(source, list):
         source = {entry["name"]: entry["template"] for entry in source}.get("default")

@@ -194,12 +194,13 @@ def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
         ("chat_template.jinja", "{% if %}", "chat template, line 1"),
+        ("chat_template.jinja", "\xff", "chat_template.jinja is not UTF-8"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, file: str | None, content: str, message: str) -> None:
     if file is not None:
         byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
-        (tmp_path / file).write_text(content)
+        (tmp_path / file).write_text(content, encoding="latin-1")
     with pytest.raises(BaseModelError, match=message):
         Tokenizer.load(tmp_path)
 
