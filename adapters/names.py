@@ -48,7 +48,7 @@ class NamedVersions(ABC):
             try:
                 return self.version(record, record.digest_of(parsed))
             except StoreUnavailable:
-                if self.stamp(parsed.name) == stamp:
+                if stamp is not None and self.stamp(parsed.name) == stamp:
                     raise  # else it was removed and collected in between: look again
 
     def verify(self, version: Version) -> None:

@@ -100,13 +100,13 @@ class AdapterRegistry:
             try:
                 return known.record, self._version(known, pick(known.record))
             except StoreUnavailable:
-                if self.store.stamp(name) == known.stamp:
+                if known.stamp is not None and self.store.stamp(name) == known.stamp:
                     raise  # else it was removed and collected in between: look again
 
     def _current(self, name: str) -> _Known:
         stamp = self.store.stamp(name)
         known = self._known.get(name)
-        if known is None or known.stamp != stamp:
+        if known is None or stamp is None or known.stamp != stamp:  # None: it came after that look, or is gone
             self._known.pop(name, None)
             known = self._known[name] = _Known(stamp, self.store.record(name))
         return known

@@ -125,7 +125,7 @@ class AdapterStore(NamedVersions):
             make_directory(self._names)
             with self._files.locked():
                 record = self._commit(ready, name, label, expected)
-        return self.version(record, ready.manifest.digest)
+                return self.version(record, ready.manifest.digest)
 
     def remove(self, name: str) -> None:
         """Forget a name. Its versions' files stay until they are collected. Raises AdapterNotFound."""

@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event
 
 import pytest
 
+from adapters import versions
 from adapters.errors import AdapterNotFound, InvalidAdapterId, StoreUnavailable
 from adapters.layout import read_layout
+from adapters.records import NameRecord
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
 from adapters.versions import Version
@@ -161,6 +165,55 @@ def test_what_is_not_a_version_is_left_alone(store: AdapterStore, version: Versi
         stray.write_text("")
     assert store.gc().removed == []
     assert all(stray.exists() for stray in strays)
+
+
+class Passing(AdapterStore):
+    """Someone publishes `a` after the first look at its stamp; it is removed and collected when its record was read."""
+
+    source: Path | None = None
+
+    def stamp(self, name: str) -> tuple[int, int, int] | None:
+        found = super().stamp(name)
+        if self.source is not None:
+            AdapterStore(self.root).publish(self.source, "a", **PUBLISH)
+            self.source = None
+        return found
+
+    def record(self, name: str) -> NameRecord:
+        found = super().record(name)
+        others = AdapterStore(self.root)
+        others.remove(name)
+        others.gc()
+        return found
+
+
+@pytest.mark.parametrize("through", [lambda store: store, lambda store: AdapterRegistry(store, BASE_DIGEST)])
+def test_what_comes_and_goes_while_it_is_looked_for_was_not_there(
+    through: Callable[[AdapterStore], AdapterStore | AdapterRegistry], tmp_path: Path
+) -> None:
+    store = Passing(tmp_path / "store")
+    store.source = write_adapter(tmp_path / "source")
+    with pytest.raises(AdapterNotFound, match="no adapter 'a'"):
+        through(store).resolve("a")
+
+
+def test_a_publication_is_told_though_it_is_removed_at_once(
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, others = versions.locked, [partial(store.remove, "a"), store.gc]
+
+    @contextlib.contextmanager
+    def locked(path: Path) -> Iterator[None]:
+        with real(path):
+            yield
+        while others:  # as soon as the lock is free
+            others.pop(0)()
+
+    monkeypatch.setattr(versions, "locked", locked)
+    version = store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+    assert (version.labels, version.manifest.base_digest) == (("latest",), BASE_DIGEST)
+    assert store.names() == []
+    assert not version.path.exists()
 
 
 def test_leases_while_names_come_and_go(store: AdapterStore, tmp_path: Path) -> None:

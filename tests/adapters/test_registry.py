@@ -76,6 +76,19 @@ def test_an_id_is_resolved_again_after_removal(store: CountingStore, tmp_path: P
     registry.resolve("a")
 
 
+def test_what_was_published_between_the_look_and_the_reading_is_gone_when_removed(
+    store: CountingStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, looked = AdapterRegistry(store, BASE_DIGEST), store.stamp("a")
+    version = store.publish(write_adapter(tmp_path / "source"), "a", **PUBLISH)
+    with monkeypatch.context() as early:
+        early.setattr(store, "stamp", lambda name: looked)
+        assert registry.resolve("a") == version
+    store.remove("a")
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("a")
+
+
 def test_another_base_is_refused_with_both_named(store: CountingStore, tmp_path: Path) -> None:
     source = write_adapter(tmp_path / "source")
     store.publish(source, "a", **{**PUBLISH, "base_digest": OTHER, "base_name": "elsewhere/big"})

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from adapters import files
+from adapters import versions
 from adapters.bucket import Bucket, Conflict, open_bucket
 from adapters.errors import (
     AdapterError,
@@ -31,7 +30,6 @@ from adapters.registry import AdapterRegistry
 from adapters.remote import RemoteStore, default_cache, open_remote
 from adapters.store import AdapterStore
 from adapters.stores import open_store
-from adapters.versions import VersionFiles
 from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, tensors, write_adapter
 from tests.adapters.s3_server import S3Server
 
@@ -485,22 +483,19 @@ def test_what_is_being_published_is_not_collected_from_the_cache(
     machine: Callable[..., RemoteStore], sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even the moment after it was put there, by another process that makes room."""
-    mine, others, lock = machine("shared"), VersionFiles(tmp_path / "shared"), files.locked
+    real, others = versions.locked, [partial(versions.VersionFiles(tmp_path / "shared").collect, set)]
 
     @contextlib.contextmanager
     def locked(path: Path) -> Iterator[None]:
-        with lock(path):
+        with real(path):
             yield
-        if collected.entered:
-            return
-        collected.entered = True
-        others.collect(set)
-        collected.entered = False
+        while others:  # as soon as the lock is free
+            others.pop()()
 
-    collected = SimpleNamespace(entered=False)
-    monkeypatch.setattr("adapters.versions.locked", locked)
-    version = mine.publish(sources[0], "a", **PUBLISH)
-    mine.verify(version)
+    monkeypatch.setattr(versions, "locked", locked)
+    store = machine("shared")
+    version = store.publish(sources[0], "a", **PUBLISH)
+    store.verify(version)
     assert version.path.is_dir()
 
 
