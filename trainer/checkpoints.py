@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Checkpoints:
             replace_directory(partial, path)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise write_error(path, error) from error
+            raise _write_error(path, error) from error
         return path
 
     def _read(self, path: Path) -> Checkpoint:
@@ -135,7 +136,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_error(path: Path, error: Exception) -> Exception:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For what writes `path`. Raises DiskFull or RunError where that fails."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _write_error(path, error) from error
+
+
+def _write_error(path: Path, error: Exception) -> Exception:
     """What a failure to write `path` means to the user."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or any(words in str(error) for words in ("No space left", "File too large", "quota")):

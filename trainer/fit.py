@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from adapters.manifest import TrainingInfo
-from trainer.checkpoints import Checkpoint
+from trainer.checkpoints import Checkpoint, writing
 from trainer.devices import autocast
 from trainer.errors import RunError
 from trainer.fake_model import materialise, meta_model
@@ -242,7 +242,8 @@ def _add_adapter(
     if settings.init == "eva":
         adapters.start_by_eva(model, prepared.examples, prepared.pad_id, prepared.device)
     if is_mutating and run and not checkpoint:
-        adapters.save_initial(model, run.initial)
+        with writing(run.initial):
+            adapters.save_initial(model, run.initial)
     return model
 
 
@@ -266,11 +267,13 @@ def _export(causal_lm: Any, model: Any, prepared: Prepared, run: RunDirectory, s
     if model is None:
         for parameter in causal_lm.parameters():  # not `.to`, which asks modules that were sharded for their shards
             parameter.data = parameter.data.to(prepared.dtype)
-        causal_lm.save_pretrained(run.model)
-        prepared.tokenizer.save_pretrained(run.model)
+        with writing(run.model):
+            causal_lm.save_pretrained(run.model)
+            prepared.tokenizer.save_pretrained(run.model)
     else:
         initial = run.initial if settings.init in adapters.MUTATING else None
-        adapters.save_adapter(model, run.adapter, prepared.base.name, initial)
+        with writing(run.adapter):
+            adapters.save_adapter(model, run.adapter, prepared.base.name, initial)
 
 
 def _check_same(run: RunDirectory, now: dict[str, Any]) -> None:

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainer.batches import PAD_TO, Position, StepData, collate, num_learned
-from trainer.checkpoints import write_error
+from trainer.checkpoints import writing
 from trainer.loop import Progress, Step
 from trainer.loss import CausalLoss
 from trainer.methods import adapter as adapters
@@ -122,17 +121,15 @@ def start_lane(causal_lm: Any, settings: Settings, prepared: Prepared, on_step: 
 def save_lane(lane: Lane, directory: Path) -> None:
     """Write a lane's adapter in PEFT's format. By hand: PEFT would put its layers on the base once more to save them,
     which takes longer than a small job trains."""
-    directory.mkdir(parents=True, exist_ok=True)
     config = json.loads(lane.config) | {"base_model_name_or_path": lane.prepared.base.name, "inference_mode": True}
     tensors: dict[str, Tensor] = {}
     for path, part in lane.parts.items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = part.a.detach().cpu().contiguous()
         tensors[f"base_model.model.{path}.lora_B.weight"] = part.b.detach().cpu().contiguous()
-    try:
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise write_error(directory, error) from error
 
 
 class LaneLoop:

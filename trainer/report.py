@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoints import writing
 from trainer.errors import RunError
 from trainer.plots import plot_losses
 from trainer.run_directory import RunDirectory
@@ -35,11 +36,9 @@ def write_report(run: RunDirectory) -> Path:
         raise RunError(f"{run.path}: has made no step yet, so there is nothing to show")
     png = plot_losses({"": metrics})
     page = run.path / REPORT_FILE
-    try:
+    with writing(page):
         (run.path / PLOT_FILE).write_bytes(png)
         page.write_text(render(run, metrics, png), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{page}: cannot be written ({error.strerror})") from error
     return page
 
 

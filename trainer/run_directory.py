@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoints import Checkpoints, sync, write_error
+from trainer.checkpoints import Checkpoints, sync, writing
 from trainer.errors import RunError
 from trainer.settings import CONFIG_FILE, Settings
 
@@ -31,10 +31,8 @@ class RunDirectory:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(f"{path}: is not empty; resume it with `trainer resume {path}`, or take another directory")
         run = cls(path)
-        try:
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise write_error(path, error) from error
         run._write(CONFIG_FILE, settings.to_yaml())
         run.write_info(info)
         return run
@@ -98,12 +96,10 @@ class RunDirectory:
 
     def _write(self, name: str, text: str) -> None:
         path, partial = self.path / name, self.path / f".{name}.partial"
-        try:
+        with writing(path):
             partial.write_text(text, encoding="utf-8")
             sync(partial)
             partial.replace(path)
-        except OSError as error:
-            raise write_error(path, error) from error
 
 
 class MetricsFile:
@@ -115,11 +111,9 @@ class MetricsFile:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """Append a line; it is in the file when this returns. Raises DiskFull."""
-        try:
+        with writing(self._path):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise write_error(self._path, error) from error
 
     def close(self) -> None:
         """Close the file."""

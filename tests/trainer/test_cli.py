@@ -38,21 +38,28 @@ def test_a_run_ends_with_one_object_of_json(base: BaseModel, data: Path, tmp_pat
 
 
 def test_ctrl_c_saves_and_resume_goes_on(base: BaseModel, data: Path, tmp_path: Path) -> None:
-    command = [*COMMAND, *options(base, data, tmp_path, "--epochs", "100000", "--max-steps", "1000")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    steps = ["--epochs", "100000", "--max-steps", "150", "--eval-data", str(data), "--eval-every", "1"]
+    steps += ["--lr", "1e-9", "--checkpoint-every", "1000"]  # nothing is saved before
+    with subprocess.Popen(
+        [*COMMAND, *options(base, data, tmp_path, *steps)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+        pipesize=4096,  # it gets no more lines ahead of who reads than go into that: about 100 evaluations
+    ) as process:
         assert process.stderr is not None
-        lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("step") for line in lines)
+        lines = iter(process.stderr.readline, b"")
+        assert any(line.startswith(b"evaluation") for line in lines)
         process.send_signal(signal.SIGINT)
-        rest = list(lines)
+        rest = b"".join(lines).decode().splitlines()
     assert process.returncode == 130
-    assert rest[-2:] == [f"stopped; `trainer resume {tmp_path / 'run'}` goes on\n", "interrupted\n"]
+    assert rest[-2:] == [f"stopped; `trainer resume {tmp_path / 'run'}` goes on", "interrupted"]
     assert AdapterStore(tmp_path / "store").names() == []
     (step,) = RunDirectory(tmp_path / "run").checkpoints().steps()[-1:]
     assert step == [line["step"] for line in RunDirectory(tmp_path / "run").metrics()][-1]
     done = subprocess.run([*COMMAND, "resume", str(tmp_path / "run")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"going on after step {step} of 1000" in done.stderr
+    assert f"going on after step {step} of 150" in done.stderr
     assert AdapterStore(tmp_path / "store").names() == ["dogs"]
 
 

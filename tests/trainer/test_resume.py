@@ -130,6 +130,33 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path: Path) -> 
     assert Checkpoints(tmp_path).load(1).weights["a"].tolist() == [1.0] * 10
 
 
+@pytest.mark.parametrize(("method", "written"), [("lora", "adapter"), ("full", "model")])
+def test_a_disk_that_is_full_at_the_end_is_said_and_the_run_goes_on_from_there(
+    method: str, written: str, base: BaseModel, data: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import resource, signal, sys\n"
+        "from trainer import fit\n"
+        "from trainer.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "def gather(*args, **kwargs):\n"  # the last before the result is written
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "fit.gather = gather\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    run = tmp_path / "run"
+    options = ["--base", str(base.path), "--data", str(data), "--method", method, "--run", str(run), "--max-steps", "2"]
+    command = [sys.executable, "-c", script, "fit", *options, "--device", "cpu", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {run}/{written}: no room on the disk; free some and run `trainer resume` from the last checkpoint"
+    )
+    assert done.returncode == 5
+    assert "result" not in RunDirectory.open(run).info()
+    assert resume(run).result.num_steps == 2
+    assert (run / written).is_dir()
+
+
 def test_the_latest_checkpoints_stay(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in range(1, 6):
