@@ -86,7 +86,7 @@ def test_statistics_count_by_tier(
     driver.call(LoadAdapter("call", adapters[0]))  # has the statistics sent
     told = [load for sent in driver.inbox.stats for load in sent.adapter_load_times]
     assert sorted((load.tier_from, load.tier_to) for load in told) == [("disk", "host")] * 2 + [("host", "device")] * 3
-    assert all(0 < load.seconds < 60 for load in told)
+    assert all(load.seconds > 0 for load in told)
 
 
 def test_sequences_that_wait_are_counted_by_adapter(
