@@ -592,6 +592,20 @@ def test_serve_reads_its_options(
     assert (config.merge, config.merge_force, config.engine.compensates_merged) == ("pirate@v2", True, True)
 
 
+def test_serve_tells_addresses_that_clients_can_take(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve(*parts: Any, on_started: Callable[[int, int], None], **settings: Any) -> None:
+        on_started(1234, 5678)
+
+    monkeypatch.setattr("server.rpc.server.serve", serve)
+    command = ["serve", "--base", str(base), "--store", str(tmp_path / "store")]
+    assert main([*command, "--host", "::1", "--metrics-host", "::1"]) == ExitCode.OK
+    said = capsys.readouterr().out
+    assert said == "ready: base on [::1]:1234, metrics on http://[::1]:5678/metrics\n"
+    assert parse_address(said.split()[3].rstrip(","))
+
+
 def test_serve_refuses_a_base_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--base", str(tmp_path)]) == ExitCode.REFUSED
     assert str(tmp_path) in _error(capsys)

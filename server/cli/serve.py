@@ -163,6 +163,7 @@ def serve(
     from server.base.quantization import HEAD
     from server.base.resolve import resolve_base
     from server.config import EngineConfig, ServeConfig
+    from server.rpc.listener import address_of
     from server.rpc.server import serve as serve_rpc
 
     log = logs.BackgroundHandler(STDERR)
@@ -212,8 +213,8 @@ def serve(
             ready = {"event": "ready", "host": host, "port": grpc_port, "metrics_port": page_port}
             print_json(ready | {"base": model.name, "store": adapter_store.location})
         else:
-            metrics = f"http://{metrics_host}:{page_port}/metrics"
-            print(f"ready: {model.name} on {host}:{grpc_port}, metrics on {metrics}", flush=True)
+            metrics = f"http://{address_of(metrics_host, page_port)}/metrics"
+            print(f"ready: {model.name} on {address_of(host, grpc_port)}, metrics on {metrics}", flush=True)
         notify_ready()
 
     registry = AdapterRegistry(adapter_store, model.digest)

@@ -29,12 +29,16 @@ def listen(host: str, port: int, max_message_bytes: int) -> tuple[grpc.aio.Serve
             ("grpc.keepalive_permit_without_calls", 1),
         ]
     )
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_insecure_port(address_of(host, port))
     except RuntimeError as error:
         raise ConfigError(f"port: cannot listen on {host} port {port}") from error
     return server, bound
+
+
+def address_of(host: str, port: int) -> str:
+    """As gRPC and URLs have it: around an IPv6 address, whose colons are its own, are brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _check_port(host: str, port: int) -> None:
