@@ -355,6 +355,19 @@ def test_processes_tell_their_memory_and_time_while_they_live() -> None:
     assert labels_of(metrics, "process_resident_memory_bytes", "process") == {"frontend"}
 
 
+def test_an_engine_may_start_while_the_page_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a file lets the event loop's thread run."""
+    metrics = Metrics()
+
+    def read(pid: int) -> tuple[float, float]:
+        metrics.engine_started(READY, pid=12345)
+        return 1.0, 1.0
+
+    monkeypatch.setattr("server.metrics.processes._read_process", read)
+    for processes in ({"frontend"}, {"frontend", "engine"}):
+        assert labels_of(metrics, "process_resident_memory_bytes", "process") == processes
+
+
 def test_names_and_help_keep_to_prometheus_conventions() -> None:
     metrics = Metrics()
     metrics.engine_started(READY, pid=os.getpid())

@@ -77,6 +77,7 @@ class Frontend:
             backoff or Backoff(),
         )
         self._num_active = 0
+        self._num_preparing = 0  # requests whose prompt is being encoded
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_up = False
@@ -149,8 +150,7 @@ class Frontend:
                 adapter = "" if version is None else version.name
                 residency = "device" if version is None else self.residency(version.digest).fastest
                 request_id = self._dispatcher.next_id()
-                prepared = await self._preparation.prepare(request, info, request_id, version)
-                stream = self._dispatcher.submit(prepared.submit)
+                prepared, stream = await self._submit(request, info, request_id, version)
                 try:
                     is_first, is_last = True, False
                     while not is_last:
@@ -256,11 +256,21 @@ class Frontend:
             if self._num_active == 0:
                 self._idle.set()
 
+    async def _submit(
+        self, request: GenerateRequest, info: Ready, request_id: str, version: Version | None
+    ) -> tuple[Prepared, Stream]:
+        self._num_preparing += 1
+        try:
+            prepared = await self._preparation.prepare(request, info, request_id, version)
+            return prepared, self._dispatcher.submit(prepared.submit)
+        finally:
+            self._num_preparing -= 1
+
     def _refuse_if_full(self, info: Ready) -> None:
         """Raises ServerBusy for what the engine would refuse, before it costs anything: the engine, whose count is the
         one that holds, reads what is sent to it between two steps, which may be long."""
         max_waiting = self._config.engine.max_waiting
-        if self._dispatcher.num_streams >= info.max_num_seqs + max_waiting:
+        if self._num_preparing + self._dispatcher.num_streams >= info.max_num_seqs + max_waiting:
             stats = self._dispatcher.stats
             raise ServerBusy(
                 f"{max_waiting} requests are waiting, more may not; try again later",

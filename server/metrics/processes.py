@@ -21,7 +21,7 @@ class Processes(Collector):
         cpu = CounterMetricFamily(
             "lorikeet_process_cpu_seconds", "CPU time of a process, in seconds.", labels=["process"]
         )
-        for process, pid in self.pids.items():
+        for process, pid in tuple(self.pids.items()):  # an engine may start meanwhile
             try:
                 resident, seconds = _read_process(pid)
             except (OSError, IndexError, ValueError):  # it ended, or this is no Linux

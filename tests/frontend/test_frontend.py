@@ -254,6 +254,23 @@ def test_a_full_queue_refuses_before_the_prompt_is_looked_at(tmp_path: Path) -> 
     run(test())
 
 
+def test_requests_whose_prompt_is_being_encoded_count(tmp_path: Path) -> None:
+    """A burst of long prompts is encoded in threads: none of them is in the engine when the last one comes."""
+
+    async def test() -> None:
+        async with started(tmp_path, max_waiting=1) as (frontend, _):
+            long = "the quick fox " * 250
+            room = MAX_NUM_SEQS + 1
+            burst = [collect(frontend, request(long)) for _ in range(room + 10)]
+            answers = await asyncio.gather(*burst, return_exceptions=True)
+            refused = [answer for answer in answers if isinstance(answer, BaseException)]
+            assert [type(error) for error in refused] == [ServerBusy] * 10
+            assert all(text(answer) == long for answer in answers if not isinstance(answer, BaseException))
+            assert text(await collect(frontend, request(long))) == long
+
+    run(test())
+
+
 def test_adapters_are_loaded_and_dropped(tmp_path: Path) -> None:
     async def test() -> None:
         async with started(tmp_path) as (frontend, recorder):
