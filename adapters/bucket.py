@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from obstore.store import S3Store
 
 _LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[A-Za-z0-9!_.*'()-]+)*)/?", re.ASCII)
+_ENDPOINT = re.compile(
+    r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(?:/[A-Za-z0-9._~/-]*)?", re.ASCII
+)
 _CHUNK_BYTES = 4 << 20
 _MAX_OBJECT_BYTES = 16 << 20  # of what is read whole: records and manifests
 # What one try of a call may take. A file may be large; for all else it is how soon an outage is noticed.
@@ -175,12 +178,13 @@ def open_bucket(location: str) -> Bucket:
     if match is None or ".." in location:
         raise StoreUnavailable(f"--store {location}: is not s3://bucket or s3://bucket/prefix")
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import S3Store
     except ImportError:
         raise StoreUnavailable(f"--store {location}: needs obstore; pip install 'lorikeet[remote]'") from None
+    is_plain = _endpoint().startswith("http://")
 
     def store(seconds: int) -> S3Store:
-        is_plain = os.environ.get("AWS_ENDPOINT_URL_S3", os.environ.get("AWS_ENDPOINT_URL", "")).startswith("http://")
         return S3Store(
             match[1],
             prefix=match[2].strip("/") or None,
@@ -193,4 +197,19 @@ def open_bucket(location: str) -> Bucket:
             retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=seconds)},
         )
 
-    return Bucket(location.rstrip("/"), store(_QUICK_SECONDS), store(_FILE_SECONDS))
+    try:
+        return Bucket(location.rstrip("/"), store(_QUICK_SECONDS), store(_FILE_SECONDS))
+    except (BaseError, ValueError) as error:  # a variable, or the prefix, that it does not take
+        raise StoreUnavailable(f"--store {location}: {_reason(str(error))}") from error
+
+
+def _endpoint() -> str:
+    """The service's URL as the environment says it; empty: AWS. Raises StoreUnavailable: obstore panics at no URL."""
+    found = ""
+    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        if (said := os.environ.get(variable)) is not None:
+            match = _ENDPOINT.fullmatch(said)
+            if match is None or int(match[1] or 0) > 65535:
+                raise StoreUnavailable(f"{variable}={said!r:.80}: is not the URL of a service, http://… or https://…")
+            found = said
+    return found

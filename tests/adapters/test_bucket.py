@@ -77,6 +77,43 @@ def test_a_service_that_knows_nothing_of_buckets_is_an_unavailable_store(
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *(
+            ("AWS_ENDPOINT_URL", value)
+            for value in (
+                "",
+                "localhost:9000",
+                "http://",
+                "http://x:65536",
+                "http://a b",
+                "http://[",
+                "ftp://x",
+                "http://x/?",
+            )
+        ),
+        ("AWS_ENDPOINT_URL_S3", "not a url"),
+        ("AWS_SKIP_SIGNATURE", "maybe"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_told_when_opening(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(StoreUnavailable, match=rf"^{variable}=|maybe") as caught:
+        open_bucket("s3://bucket/x")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "value", ["http://127.0.0.1:9", "https://s3.example.com/", "http://[::1]:9000", "http://a_b/c/d"]
+)
+def test_endpoints_that_are_taken(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", value)
+    assert open_bucket("s3://bucket/x").location == "s3://bucket/x"
+
+
 # Files may be large and slow; and to a deletion any 200 is a good answer.
 SLOW, GOOD = {"too much", "silence"}, {"cut short"}
 PAIRS = [(answer, call) for answer in ANSWERS for call in CALLS if call == "read" or answer not in SLOW]

@@ -9,6 +9,7 @@ from adapters.errors import AdapterNotFound, InvalidAdapterId
 from adapters.ids import AdapterId, parse_adapter_id
 from adapters.registry import AdapterRegistry
 from adapters.store import AdapterStore
+from adapters.versions import VersionFiles
 from tests.adapters.builders import BASE_DIGEST, PUBLISH, write_adapter
 
 DIGEST = "sha256:" + "0f" * 32
@@ -69,17 +70,28 @@ HOSTILE = st.one_of(
 )
 
 
+class WatchedFiles(VersionFiles):
+    """Notes every path it makes of a digest."""
+
+    def __init__(self, root: Path, touched: list[Path]) -> None:
+        super().__init__(root)
+        self._touched = touched
+
+    def path(self, digest: str) -> Path:
+        self._touched.append(super().path(digest))
+        return self._touched[-1]
+
+
 class WatchedStore(AdapterStore):
     """A store that notes every path it makes of a name or digest."""
 
-    touched: tuple[Path, ...] = ()
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.touched: list[Path] = []
+        self._files = WatchedFiles(root, self.touched)
 
     def _record_path(self, name: str) -> Path:
-        self.touched += (super()._record_path(name),)
-        return self.touched[-1]
-
-    def _version_path(self, digest: str) -> Path:
-        self.touched += (super()._version_path(digest),)
+        self.touched.append(super()._record_path(name))
         return self.touched[-1]
 
 
@@ -94,7 +106,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> WatchedStore:
 @settings(max_examples=200, deadline=None)
 @given(texts=st.lists(HOSTILE, min_size=50, max_size=50))  # 10,000 ids
 def test_no_id_reaches_a_path_outside_the_store(store: WatchedStore, texts: list[str]) -> None:
-    store.touched = ()
+    store.touched.clear()
     registry = AdapterRegistry(store, BASE_DIGEST)
     for text in texts:
         try:
@@ -103,6 +115,8 @@ def test_no_id_reaches_a_path_outside_the_store(store: WatchedStore, texts: list
             pass
         else:
             assert version.name == "a" == text.partition("@")[0]
+    store.resolve("a")
+    assert {path.parent.name for path in store.touched} == {"names", "versions"}
     for path in store.touched:
         assert path.parent in (store.root / "names", store.root / "versions")
         assert os.path.normpath(path) == str(path)

@@ -148,7 +148,7 @@ def test_of_many_movers_none_overwrites_another(store: AdapterStore, digests: tu
     """Four processes move a label on by one step each time: with a lost update it would end elsewhere."""
     store.move_label("a", "count", digests[0])
     movers = [subprocess.Popen([sys.executable, "-c", MOVER, store.root, "20"], cwd=ROOT) for _ in range(4)]
-    assert [mover.wait(60) for mover in movers] == [0] * 4
+    assert [mover.wait(240) for mover in movers] == [0] * 4
     assert store.resolve("a@count").digest == digests[80 % 3]
     moves = [move for move in store.record("a").history if move.label == "count"]
     assert len(moves) == 81

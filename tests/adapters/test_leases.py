@@ -108,7 +108,7 @@ def test_a_lease_ends_with_its_process_however_that_ends(
     assert store.gc().leased == [version.digest]
     if how is not None:
         holder.send_signal(how)
-    holder.communicate(timeout=30)
+    holder.communicate(timeout=240)
     assert store.gc().removed == [version.digest]
 
 

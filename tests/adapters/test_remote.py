@@ -603,7 +603,16 @@ def test_locations(location: str, tmp_path: Path, server: S3Server, monkeypatch:
     assert open_store().location == str(tmp_path / "lorikeet" / "adapters")
     remote = open_store(location + "/")
     assert (remote.location, remote.is_remote) == (location, True)
-    for odd in ("s3://", "s3://a", "s3://Bucket/x", "s3://bucket//x", "s3://bucket/../x", "gs://bucket", "http://x/y"):
+    for odd in (
+        "s3://",
+        "s3://a",
+        "s3://Bucket/x",
+        "s3://bucket//x",
+        "s3://bucket/../x",
+        "s3://bucket/./x",
+        "gs://bucket",
+        "http://x/y",
+    ):
         with pytest.raises(StoreUnavailable, match="--store"):
             open_store(odd)
     assert default_cache("s3://a-b/x") != default_cache("s3://a-b/y")

@@ -184,7 +184,7 @@ def run(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def test_killed_at_each_point_the_old_or_the_new_state_is_left(tmp_path: Path) -> None:
     ran = run(ROOT / "tests/adapters/interruptions.py", tmp_path)
-    output, _ = ran.communicate(timeout=120)
+    output, _ = ran.communicate(timeout=240)
     assert ran.returncode == 0
     points = dict(re.findall(r"(.*): killed at (\d+) points", output))
     assert points.keys() == {"publish", "gc", *CHANGES}
