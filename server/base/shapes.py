@@ -21,6 +21,7 @@ def _config(
         **dict(zip((*names, "head_dim"), sizes, strict=True)),
         "vocab_size": vocab,
         "max_position_embeddings": context,
+        "sliding_window": None,
         "tie_word_embeddings": tied,
     }
 

@@ -14,6 +14,7 @@ from server.errors import UnsupportedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("float32", "bfloat16", "float16")
+_DEFAULT_WINDOW = 4096  # transformers', of those families that have one
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +138,8 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def _refuse_sliding_window(config: Mapping[str, Any], family: str, max_position: int) -> None:
-    """Mistral applies its window whenever one is set, the Qwens only under `use_sliding_window`."""
-    window = config.get("sliding_window")
+    """Mistral applies its window unless it is null, the Qwens only under `use_sliding_window`."""
+    window = config.get("sliding_window", _DEFAULT_WINDOW)
     used = family == "mistral" or bool(config.get("use_sliding_window", False))
     if used and window is not None and window < max_position:
         raise UnsupportedModel(

@@ -104,6 +104,18 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], words:
 
 
 @pytest.mark.parametrize(
+    ("config_class", "changes"), [(MistralConfig, {}), (Qwen2Config, {"use_sliding_window": True})], ids=str
+)
+def test_a_window_that_is_left_out_is_transformers(config_class: Any, changes: dict[str, Any]) -> None:
+    sizes = SIZES | changes | {"max_position_embeddings": 8192}
+    window = config_class(**sizes).sliding_window
+    with pytest.raises(UnsupportedModel, match=f"sliding_window {window} is shorter than the context"):
+        ModelSpec.from_config({"model_type": config_class.model_type, **sizes})
+    shorter = sizes | {"max_position_embeddings": window}
+    assert ModelSpec.from_config({"model_type": config_class.model_type, **shorter}).max_position == window
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"model_type": "mistral", "sliding_window": 128},
