@@ -101,7 +101,7 @@ def test_a_mode_that_does_not_start_is_left_out_and_said_so(world: World, tmp_pa
     scenario.write_text(SCENARIO)
     options = ("--base", str(world.base.path), "--scenario", str(scenario), "--modes", "base-16")
     command = [sys.executable, "-m", "loadtest", "compare", *options, "--users", "1"]
-    command += ["--output", str(tmp_path / "none"), "--", "--max-batch-tokens", "1"]
+    command += ["--output", str(tmp_path / "none"), "--no-echo", "--", "--max-batch-tokens", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=REPOSITORY, check=False)
     assert done.returncode == 1
     [left_out] = json.loads((tmp_path / "none.json").read_text())["left_out"]
