@@ -79,6 +79,8 @@ def _explain(error: Exception) -> tuple[str, int]:
             return error.message, EXIT_CODES.get(error.code, 1)
         case typer.TyperException():
             return f"{error.format_message()} (see --help)", error.exit_code
+        case RuntimeError() if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            return "out of memory outside of a training step; use qlora, a shorter max-length or a smaller base", 4
         case OSError() | MemoryError():
             return str(error) or type(error).__name__, 1
         case _:

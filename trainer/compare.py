@@ -176,7 +176,7 @@ def _train(plan: Plan, method: str, seed: int, directory: Path, note: Note) -> N
 def _trial(run: RunDirectory, base: BaseModel, score: Score) -> Trial:
     settings = run.settings()
     steps = [line for line in run.metrics() if "tokens" in line]
-    seconds = sum(line["seconds"] for line in steps)
+    seconds = run.seconds()
     num_base = _num_parameters(base.path)
     num_adapter = 0 if settings.method == "full" else _num_parameters(run.adapter)
     return Trial(

@@ -155,7 +155,7 @@ def _train(
     gather(loss, keep=group.rank == 0)
     if group.rank == 0:
         _export(causal_lm, model, prepared, run, settings)
-        run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
+        run.write_info(run.info() | {"result": asdict(result), "seconds": round(run.seconds(), 3)})
     if model is not None and base_model is not None:
         model.unload()
     return Report(run, settings, result, len(prepared.examples), seconds)

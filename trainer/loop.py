@@ -183,7 +183,8 @@ class Loop:
         self._is_sharded = is_sharded(list(self.named.values()))
 
     def run(self, feed: Feed, num_steps: int, evaluation: Sequence[Example], listener: Listener) -> Result:
-        """Train until `num_steps` or until `patience` is out. Raises TrainingError as soon as a loss is not finite."""
+        """Train until `num_steps` or until `patience` is out. Raises TrainingError as soon as a loss is not finite, and
+        Interrupted."""
         state, settings = self.progress, self._settings
         if not state.is_finished:
             self._lm.train()
@@ -283,6 +284,10 @@ class Loop:
     def _evaluate(self, examples: Sequence[Example], listener: Listener) -> None:
         state = self.progress
         loss, learned = self.evaluate(examples)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the evaluation's loss became {loss} at step {state.step}; try a smaller learning rate"
+            )
         is_best = state.best_loss is None or loss < state.best_loss
         if is_best:
             state.best_loss, state.best_step, state.num_worse = loss, state.step, 0

@@ -89,6 +89,10 @@ class RunDirectory:
             except ValueError:
                 return
 
+    def seconds(self) -> float:
+        """What the run's steps took, before and after it was resumed."""
+        return float(sum(line.get("seconds", 0.0) for line in self.metrics()))
+
     def trim_metrics(self, step: int) -> None:
         """Forget what came after `step`."""
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step]

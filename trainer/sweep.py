@@ -121,8 +121,7 @@ def _finish(lane: Lane, run: RunDirectory, note: Note) -> Outcome:
         return Outcome(run, None, lane.error)
     save_lane(lane, run.adapter)
     result = Result.of(lane.progress)
-    seconds = sum(line["seconds"] for line in run.metrics())
-    run.write_info(run.info() | {"result": asdict(result), "seconds": round(seconds, 3)})
+    run.write_info(run.info() | {"result": asdict(result), "seconds": round(run.seconds(), 3)})
     return Outcome(run, result, None)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
@@ -117,6 +118,14 @@ def test_a_mistake_is_one_line_and_an_exit_code(
     assert words in lines[-1]
     assert lines[-1].startswith("error: ")
     assert not any("Traceback" in line for line in lines)
+
+
+def test_memory_that_runs_out_outside_of_a_step_is_no_bug(
+    base: BaseModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("trainer.fit.load_base", lambda settings, prepared: torch.empty(1 << 60))
+    assert main(options(base, data, tmp_path)) == 4
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: out of memory outside of a training step; use")
 
 
 @pytest.mark.parametrize(

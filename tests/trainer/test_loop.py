@@ -194,7 +194,7 @@ def test_a_model_that_does_not_keep_packed_rows_apart_is_found_out(kind: str) ->
 
 
 def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Loop._try_accumulate
     monkeypatch.setattr(
@@ -204,6 +204,11 @@ def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(
     )
     with pytest.raises(TrainingError, match="the loss became nan at step 6"):
         train(run="exploding", checkpoint_every=2)
+    monkeypatch.setattr(Loop, "_try_accumulate", real)
+    monkeypatch.setattr(Loop, "evaluate", lambda self, examples: (torch.nan, 1))
+    with pytest.raises(TrainingError, match="the evaluation's loss became nan at step 1"):
+        train(run="blind", eval_data=str(data), eval_every=1)
+    assert not (tmp_path / "blind" / "checkpoints").exists()
     kept = sorted(path.name for path in (tmp_path / "exploding" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000004"]
     assert not (tmp_path / "exploding" / "adapter").exists()

@@ -79,8 +79,10 @@ def test_a_stopped_run_saves_at_once_and_goes_on(train: Train, tmp_path: Path) -
         train(run="stopped", watcher=Watcher(is_stopped=lambda: True), epochs=3)
     assert stopped.value.args == (tmp_path / "stopped",)
     assert RunDirectory(tmp_path / "stopped").checkpoints().steps() == [1]
+    before = RunDirectory(tmp_path / "stopped").seconds()
     report = resume(tmp_path / "stopped")
     assert report.result == whole.result
+    assert 0 < before < report.run.info()["seconds"] == pytest.approx(report.run.seconds(), abs=1e-3)
     one, other = (run.run.adapter / "adapter_model.safetensors" for run in (whole, report))
     assert one.read_bytes() == other.read_bytes()
 
