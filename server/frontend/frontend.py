@@ -83,6 +83,7 @@ class Frontend:
         self._is_up = False
         self._is_started = False
         self._is_stopping = False
+        self._has_ended = False
         self._on_ready_change: list[Callable[[bool], None]] = []
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -108,8 +109,8 @@ class Frontend:
                 await self._idle.wait()
         if self._sweeper is not None:
             self._sweeper.cancel()
-        message = "the server has stopped before this request could finish"
-        self._dispatcher.fail_all(lambda: ShuttingDown(message, retry_after=1.0))
+        self._dispatcher.fail_all(_stopped)
+        self._has_ended = True
         await self._supervisor.stop(_SHUTDOWN_SECONDS)
         await self._merging.close()
         self._set_up(False)
@@ -288,6 +289,8 @@ class Frontend:
         self._metrics.output_tokens(adapter=adapter, count=prepared.completion.num_tokens - 1, seconds=seconds)
 
     def _send(self, message: ToEngine) -> None:
+        if self._has_ended:  # and this was on its way to the engine
+            raise _stopped()
         self._supervisor.send(message)
 
     def _set_up(self, is_up: bool) -> None:
@@ -305,3 +308,7 @@ class Frontend:
         while True:
             await asyncio.sleep(timeout / 4)
             self._dispatcher.fail_stalled(timeout)
+
+
+def _stopped() -> ShuttingDown:
+    return ShuttingDown("the server has stopped before this request could finish", retry_after=1.0)

@@ -1,6 +1,7 @@
 """The front end against an engine process without a model, over a real socket."""
 
 import asyncio
+import threading
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from adapters.errors import AdapterInUse, AdapterNotFound, InvalidAdapter, Lorik
 from server.engine.messages import SamplingParams
 from server.errors import InvalidRequest, ServerBusy, ShuttingDown, StreamStalled
 from server.frontend.streams import MAX_PIECE
+from server.frontend.tokenizer import Tokenizer
 from server.frontend.types import ChatMessage, Usage
 from tests.frontend.fake_engine import (
     AT_ONCE,
@@ -399,5 +401,28 @@ def test_stop_ends_what_did_not_finish_in_time(tmp_path: Path) -> None:
                 with pytest.raises(ShuttingDown) as caught:
                     await task
                 assert caught.value.retry_after is not None
+
+    run(test())
+
+
+def test_what_was_not_yet_submitted_when_the_engine_ended_hears_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt takes longer to encode than the server has left."""
+    go_on = threading.Event()
+
+    def encode(self: Tokenizer, text: str, max_tokens: int | None = None) -> list[int]:
+        go_on.wait()
+        return ids("hello")
+
+    async def test() -> None:
+        async with started(tmp_path) as (frontend, _):
+            monkeypatch.setattr(Tokenizer, "encode_text", encode)
+            reader = asyncio.create_task(collect(frontend, request("the quick fox " * 250)))
+            await asyncio.sleep(0)
+            await frontend.stop(grace=0.01)
+            go_on.set()
+            with pytest.raises(ShuttingDown):
+                await reader
 
     run(test())
