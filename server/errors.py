@@ -150,7 +150,7 @@ class ConfigError(LorikeetError):
 
 
 class DoesNotFit(LorikeetError):
-    """What is planned takes more memory than the device has; the message says what to lower."""
+    """What is planned, or asked for, takes more memory than there is; the message says what to lower."""
 
     code = "RESOURCE_EXHAUSTED"
     reason = "PLAN_DOES_NOT_FIT"

@@ -17,7 +17,7 @@ from server import logs
 from server.config import EngineConfig
 from server.engine.build import build_engine
 from server.engine.link import Link
-from server.errors import ConfigError
+from server.errors import ConfigError, DoesNotFit
 
 CONFIG_REFUSED = 2
 BASE_REFUSED = 3
@@ -38,7 +38,7 @@ def main() -> int:
         engine = build_engine(config, link)
     except LorikeetError as error:
         print(f"error: {error.message}", file=sys.stderr)
-        return CONFIG_REFUSED if isinstance(error, ConfigError) else BASE_REFUSED
+        return CONFIG_REFUSED if isinstance(error, ConfigError | DoesNotFit) else BASE_REFUSED
     engine.run(parent)
     link.close()
     engine.check_integrity()  # a page, row or lease that was lost shows nowhere else

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from server.errors import DoesNotFit
+
 HUGE_PAGE = 2 << 20  # bytes
 
 
@@ -16,14 +18,20 @@ def reserve(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is
     """A zeroed tensor. On a CPU it is an anonymous mapping: the operating system backs a page of it with memory
     once it is written, whereas `torch.zeros` writes all of it. What is not `is_sparse` will soon be written to its
     end: it asks for huge pages, as taking 4 KiB at a time costs several times what writing them does. Linux aligns
-    to them what is a multiple of their size."""
+    to them what is a multiple of their size. Raises DoesNotFit."""
     size = math.prod(shape)
     num_bytes = size * dtype.itemsize
     if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
     if not is_sparse:
         num_bytes = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise DoesNotFit(
+            f"{num_bytes / 2**30:.1f} GiB of memory cannot be set aside ({error.strerror}); lower --kv-cache-memory, "
+            "--adapter-memory or --host-adapter-memory"
+        ) from error
     if not is_sparse and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
