@@ -21,6 +21,11 @@ def user_directory(variable: str, fallback: str) -> Path:
     return said if said.is_absolute() else Path.home() / fallback  # a relative one is to be ignored, it says
 
 
+def expand_user(text: str) -> Path:
+    """A path that may begin with ~ or ~user; of a user that there is not, as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  (Path's raises RuntimeError then)
+
+
 def store_error(error: OSError, path: Path, needed: int | None = None) -> AdapterError:
     """What the store says of an OSError at `path`; `needed` is how many bytes were to be written."""
     if error.errno in _FULL:

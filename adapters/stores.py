@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from adapters.errors import StoreUnavailable
+from adapters.files import expand_user
 from adapters.layout import Limits
 from adapters.leases import Lease
 from adapters.manifest import TrainingInfo
@@ -80,12 +81,14 @@ class Store(Protocol):
 def open_store(location: str | os.PathLike[str] | None = None) -> Store:
     """The store at a directory, or at `s3://bucket/prefix`; None is the one in the user's data directory.
 
-    Reads and writes nothing yet. Raises StoreUnavailable for another scheme, or one whose library is not installed.
+    Reads and writes nothing yet. Raises StoreUnavailable for an empty text, another scheme, one without its library.
     """
     text = str(default_store_root() if location is None else os.fspath(location))
+    if not text:  # a variable that is not set: not the directory that one happens to be in
+        raise StoreUnavailable("--store is empty; use a directory or s3://bucket/prefix")
     scheme, separator, _ = text.partition("://")
     if not separator:
-        return AdapterStore(Path(text).expanduser())
+        return AdapterStore(expand_user(text))
     if scheme != "s3":
         raise StoreUnavailable(f"--store {text}: {scheme}:// is not supported; use a directory or s3://bucket/prefix")
     from adapters.remote import open_remote

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapters.content import damage
 from adapters.errors import AdapterNotFound, InvalidAdapter, StoreUnavailable
+from adapters.files import expand_user
 from adapters.manifest import MANIFEST_FILE, canonical_json
 from adapters.stores import Store
 from adapters.validation import CONFIG_FILE, WEIGHTS_FILE
@@ -22,7 +23,7 @@ def find_source(path_or_hub_id: str, progress: Callable[[str], None]) -> Path:
 
     Raises AdapterNotFound, InvalidAdapter when it has no such files, StoreUnavailable when the hub is away.
     """
-    path = Path(path_or_hub_id).expanduser()
+    path = expand_user(path_or_hub_id)
     if path.is_dir():
         return path
     if path.exists() or not _HUB_ID.fullmatch(path_or_hub_id) or ".." in path_or_hub_id:

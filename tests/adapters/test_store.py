@@ -12,7 +12,8 @@ from adapters.errors import AdapterNotFound, InvalidAdapter, InvalidAdapterId, S
 from adapters.layout import read_layout
 from adapters.manifest import Manifest, Scores, TrainingInfo, canonical_json, decode_json
 from adapters.store import AdapterStore, default_store_root
-from adapters.transfer import export_version
+from adapters.stores import open_store
+from adapters.transfer import export_version, find_source
 from tests.adapters.builders import BASE_DIGEST, LINEARS, PUBLISH, config, tensors, write_adapter
 
 
@@ -305,6 +306,17 @@ def test_publishing_again_heals_a_damaged_version(file: str, store: AdapterStore
     healed = store.publish(source, "a", **PUBLISH)
     assert healed.digest == version.digest
     store.verify(healed)
+
+
+def test_a_home_of_nobody_is_a_directory_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_store("~/store").location == str(tmp_path / "home" / "store")
+    assert open_store("~nobody-of-this-name/store").names() == []
+    with pytest.raises(AdapterNotFound, match="no such directory"):
+        find_source("~nobody-of-this-name/adapter", print)
+    with pytest.raises(StoreUnavailable, match="--store is empty"):
+        open_store("")
 
 
 def test_an_export_takes_no_place_that_cannot_be_replaced(

@@ -187,7 +187,7 @@ class Adapter(_message.Message):
     name: _builtins.str
     """The name it is published under."""
     digest: _builtins.str
-    """The hash of its files, `sha256:<64 hex digits>`."""
+    """The hash of its files and of its base's digest, `sha256:<64 hex digits>`."""
     base_digest: _builtins.str
     """The base model it is made for, `sha256:<64 hex digits>`."""
     rank: _builtins.int
@@ -371,7 +371,7 @@ class ListAdaptersResponse(_message.Message):
     """For the next page; empty when this is the last."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
-        """In the order of their names: of each, the version its label "latest" points to (its newest if none does)."""
+        """In the order of their names: of each, the version its label "latest" points to."""
 
     def __init__(
         self,
