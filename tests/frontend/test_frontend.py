@@ -412,7 +412,7 @@ def test_what_was_not_yet_submitted_when_the_engine_ended_hears_so(
     go_on = threading.Event()
 
     def encode(self: Tokenizer, text: str, max_tokens: int | None = None) -> list[int]:
-        go_on.wait()
+        assert go_on.wait(60)
         return ids("hello")
 
     async def test() -> None:
