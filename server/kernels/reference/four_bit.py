@@ -1,4 +1,4 @@
-"""4-bit blockwise weights in plain torch: what the codes mean, and a product with them.
+"""4-bit blockwise weights in plain torch: what the codes mean.
 
 NF4: Dettmers et al., 2023 (QLoRA, arXiv 2305.14314), appendix E. FP4 is bitsandbytes' float of one sign, two exponent
 and one mantissa bit. The layout is bitsandbytes' own: the weight is one flat row of codes, two a byte, the first in
@@ -6,7 +6,6 @@ the high nibble; every `block_size` of them share one absmax.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 CODES = {
@@ -40,8 +39,3 @@ def dequantize(
     nibbles = torch.stack([packed >> 4, packed & 15], dim=-1).flatten().int()
     values = code_table(quant_type, packed.device)[nibbles]
     return (values * scales.repeat_interleave(block_size)[: values.numel()]).to(dtype).view(shape)
-
-
-def linear(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
-    """x [n, in], dequantized weights [out_i, in] side by side → [n, sum(out_i)], accumulated in float32."""
-    return F.linear(x, torch.cat(weights), bias)

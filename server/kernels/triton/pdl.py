@@ -1,7 +1,7 @@
 """Programmatic dependent launch: a kernel starts before the one ahead of it has ended, and waits when it must.
 
 A kernel launched so runs what needs nothing of its predecessors (weights, tables) and then waits until all of them
-are over. Every program of it has to wait, also one that does nothing: what follows counts on what precedes it.
+are over. One program of it at least has to wait, also where none does anything: what follows counts on what precedes.
 CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 
