@@ -51,6 +51,7 @@ def build_engine(
     `overlap` None is 1 on a GPU and 0 on a CPU, where there is no device to wait for.
     """
     device = resolve_device(config.device)
+    _make_current(device)
     on_cpu = device.type == "cpu"
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -105,7 +106,7 @@ def build_engine(
         lambda adapter: loader.load(Path(adapter.path), Identity(adapter.digest, config.base_digest)),
         prove=Canary(model, pool, max_model_len, pace).check if config.canary else None,
         host_bytes=host_adapter_budget(config.host_adapter_bytes, free_host_bytes(), on_cpu),
-        workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", initializer=_yield_to_the_loop),
+        workers=ThreadPoolExecutor(NUM_WORKERS, "adapter-loader", _begin_loading, (device,)),
         wake=channel.wake,
     )
     pages = PageManager(num_pages, config.page_size, config.prefix_caching)
@@ -234,9 +235,16 @@ def read_config(directory: Path) -> dict[str, object]:
     return config
 
 
-def _yield_to_the_loop() -> None:
-    """Begin a loader's thread: one core, and the step loop's threads before it. Threads that have run torch keep
-    their own number of cores."""
+def _make_current(device: torch.device) -> None:
+    """For this thread: streams, events and kernels are those of its current GPU wherever no tensor says another."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def _begin_loading(device: torch.device) -> None:
+    """In a loader's thread: one core, and the step loop's threads before it. Threads that have run torch keep their own
+    number of cores."""
+    _make_current(device)
     torch.set_num_threads(1)
     if sys.platform == "linux":  # elsewhere niceness is the whole process's
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)

@@ -119,6 +119,20 @@ def test_seeds_are_the_same_in_any_batch(llama: tuple[PreTrainedModel, Path]) ->
     assert same[:3] == alone[:3]
 
 
+def test_any_gpu_of_the_machine_will_do(llama: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    """The last, where there are several: its loaders, graphs and events are its own."""
+    model, directory = llama
+    adapter, ids = make_adapter(model, tmp_path / "a", 0), list(range(9))
+    with torch.cuda.device(0):  # puts back what the engine changes
+        device = f"cuda:{torch.cuda.device_count() - 1}"
+        driver = Driver(directory, overlap=None, device=device, dtype="float16", kv_cache_bytes=4 << 20)
+        for each in (None, adapter):
+            output = driver.generate(ids, 24, each)
+            want = oracle_distributions(model, ids, output, each)
+            lost = want.max(-1).values - want[torch.arange(len(output)), torch.tensor(output)]
+            assert lost.max() < 2 * TOLERANCE["float16"], lost
+
+
 def test_own_attention_and_greedy_tokens_in_the_graph(wide_llama: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
     """Batches of 1 to 12 without log-probabilities, which the sampler leaves to the graph; then some that draw."""
     model, directory = wide_llama
