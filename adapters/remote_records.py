@@ -65,6 +65,7 @@ class RemoteRecords:
             return seen
         if seen is not None and self.is_away and now - seen.at <= self._max_stale_seconds:
             return seen  # asked a moment ago
+        asked = self._seen.num_changes
         try:
             source = self._bucket.read(key, seen.source if seen else None)
         except StoreUnavailable:
@@ -77,7 +78,9 @@ class RemoteRecords:
             raise self._not_found(name)
         is_same = seen is not None and source is seen.source
         record = seen.record if seen is not None and is_same else self._decode(name, source)
-        return self._remember(Seen(record, source, now))
+        found = Seen(record, source, now)
+        self._seen.put(found, asked)
+        return found
 
     def update(self, name: str, change: Callable[[NameRecord], NameRecord]) -> NameRecord:
         """`replace` for a name that is there. Raises AdapterNotFound."""

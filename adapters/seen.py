@@ -30,21 +30,30 @@ class _OnDisk:
 
 
 class SeenRecords:
-    """One file a name in `directory`. A disk that fails costs the memory of an earlier process and nothing else."""
+    """One file a name in `directory`. A disk that fails costs the memory of an earlier process and nothing else.
+
+    `num_changes` grows with what this process changes: an answer asked for before that may be of the time before.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._seen: dict[str, Seen] = {}
         self._saved: dict[str, Seen] = {}
         self._lock = threading.Lock()
+        self.num_changes = 0
 
     def get(self, name: str) -> Seen | None:
         """What was seen last, by this process or an earlier one."""
         return self._seen.get(name) or self._load(name)
 
-    def put(self, seen: Seen) -> None:
+    def put(self, seen: Seen, asked: int | None = None) -> None:
+        """Remembers a record that this process wrote, or (`asked`: `num_changes` then) asked for."""
         name = seen.record.name
         with self._lock:
+            if asked is None:
+                self.num_changes += 1
+            elif asked != self.num_changes:
+                return
             self._seen[name] = seen
             saved = self._saved.get(name)
             if saved is None or saved.source.etag != seen.source.etag or seen.at - saved.at > _SAVE_SECONDS:
@@ -56,6 +65,7 @@ class SeenRecords:
 
     def forget(self, name: str) -> None:
         with self._lock:
+            self.num_changes += 1
             self._seen.pop(name, None)
             self._saved.pop(name, None)
             with contextlib.suppress(OSError):

@@ -409,6 +409,44 @@ def test_a_lost_answer_is_known_under_what_others_wrote_since(
     assert len(store.record("a").history) == 4
 
 
+class Slow(Guarded):
+    """What is read first arrives when something else has been done."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def read(self, *args: Any) -> Any:
+        found = self._bucket.read(*args)
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
+        return found
+
+
+@pytest.mark.parametrize("was_seen", [False, True])
+def test_what_was_asked_before_a_change_does_not_hide_it(
+    was_seen: bool,
+    location: str,
+    store: RemoteStore,
+    machine: Callable[..., RemoteStore],
+    clock: Clock,
+    sources: list[Path],
+) -> None:
+    first, _ = (store.publish(source, "a", **PUBLISH).digest for source in sources[:2])
+    bucket = Slow(open_bucket(location))
+    mine = machine(bucket=bucket, fresh_seconds=1.0)
+    if was_seen:
+        mine.resolve("a")
+        clock.now += 2
+    bucket.meanwhile = partial(mine.rollback, "a")
+    mine.record("a")
+    assert mine.resolve("a").digest == first
+    clock.now += 2
+    bucket.meanwhile = partial(mine.remove, "a")
+    mine.record("a")
+    with pytest.raises(AdapterNotFound):
+        mine.resolve("a")
+
+
 class Overtaken(Guarded):
     """Another writer comes in before the first write."""
 
