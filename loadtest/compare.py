@@ -39,6 +39,7 @@ def compare(options: Namespace) -> int:
         "scenario": msgspec.to_builtins(scenario),
         "base": base.name,
         "users": options.users,
+        "options": options.options,
         "environment": surroundings() | gpus(),
         "command": f"python -m loadtest {' '.join(shlex.quote(word) for word in sys.argv[1:])}",
         "modes": [],
@@ -72,7 +73,8 @@ def compare(options: Namespace) -> int:
 
 def kept(report: dict[str, Any], file: Path) -> dict[str, Any]:
     """The report with all that `file`, an earlier one, has measured already; as it is where there is none. Raises
-    LoadTestFailed for a report of something else: another scenario, base or machine. Commits are each mode's own."""
+    LoadTestFailed for a report of something else: another scenario, base or machine, other options of the servers.
+    Commits are each mode's own."""
     if not file.exists():
         return report
     earlier = json.loads(file.read_text())
@@ -106,8 +108,8 @@ def joined(report: Mapping[str, Any], part: Mapping[str, Any], file: Path) -> di
 
 
 def _check_same(report: Mapping[str, Any], other: Mapping[str, Any], file: Path) -> None:
-    for name in ("base", "scenario", "users"):
-        if other[name] != report[name]:
+    for name in ("base", "scenario", "users", "options"):
+        if other.get(name, report.get(name)) != report.get(name):
             raise LoadTestFailed(f"{file} has another {name}; measure all modes again, or elsewhere")
     for name, value in report["environment"].items():
         was = other["environment"].get(name)

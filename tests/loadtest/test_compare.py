@@ -20,6 +20,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "scenario": {"name": "made up"},
         "base": "a base",
         "users": [1, 4],
+        "options": [],
         "environment": environment,
         "command": "measure this",
         "modes": [],
@@ -49,6 +50,7 @@ def test_modes_are_kept_and_measured_again_in_their_order(tmp_path: Path) -> Non
     [
         ({"users": [1, 16]}, "another users"),
         ({"base": "other"}, "another base"),
+        ({"options": ["--threads", "1"]}, "another options"),
         ({"scenario": {"name": "made up", "seed": 1}}, "another scenario"),
         ({"environment": {"cpu": "four cores", "load": 0.5}}, "with cpu two cores, this is four cores"),
     ],
