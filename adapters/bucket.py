@@ -46,11 +46,10 @@ class Object:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An object in a listing; `modified` in seconds since 1970."""
+    """An object in a listing."""
 
     key: str
     size_bytes: int
-    modified: float
 
 
 class Bucket:
@@ -110,11 +109,7 @@ class Bucket:
         import obstore
 
         with self._errors(folder):
-            return [
-                Stored(item["path"], item["size"], item["last_modified"].timestamp())
-                for chunk in obstore.list(self._quick, folder)
-                for item in chunk
-            ]
+            return [Stored(item["path"], item["size"]) for chunk in obstore.list(self._quick, folder) for item in chunk]
 
     def modified(self, key: str) -> float | None:
         """When the object was last written, in seconds since 1970; None if there is none."""

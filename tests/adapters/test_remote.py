@@ -257,7 +257,7 @@ def test_an_outage_is_asked_about_once_and_not_at_every_request(
 
 
 class Guarded:
-    """A bucket that goes away at call `fails_from`, before it is made, and with `comes_back` only for that one."""
+    """A bucket that goes away at call `fails_from`, before it is made."""
 
     def __init__(self, bucket: Bucket, fails_from: int | None = None) -> None:
         self._bucket = bucket
