@@ -9,6 +9,7 @@ from typing import TypeVar
 import msgspec
 
 MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from adapters.content import describe
 from adapters.errors import BaseMismatch, InvalidAdapter
 from adapters.files import copy_file, store_errors, sync_directory, write_file
 from adapters.layout import Limits, read_layout
-from adapters.manifest import MANIFEST_FILE, BaseReference, Manifest, TrainingInfo, canonical_json
+from adapters.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, BaseReference, Manifest, TrainingInfo, canonical_json
 from adapters.peft_config import canonical_config
 from adapters.sources import open_source, read_origin
-from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, read_header, read_json
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, read_header, read_json, refuse
 from adapters.versions import VersionFiles
 
 
@@ -79,14 +79,15 @@ def prepared(
 
 
 def _encoded(manifest: Manifest) -> bytes:
-    """As canonical JSON. Raises InvalidAdapter for what is not Unicode, as in file names of other encodings."""
+    """As canonical JSON. Raises InvalidAdapter for text that is no Unicode (as file names can be), or too much of it."""
     try:
-        return canonical_json(manifest)
+        raw = canonical_json(manifest)
     except UnicodeEncodeError as error:
-        raise InvalidAdapter(
-            f"{MANIFEST_FILE}: {error.object!a:.80} cannot be written in UTF-8; is it a note, or the base's name?",
-            faults=[f"{MANIFEST_FILE}: text that is not UTF-8"],
-        ) from None
+        said = f"{error.object!a:.80} cannot be written in UTF-8; is it a note, or the base's name?"
+        raise refuse(f"{MANIFEST_FILE}: {said}") from None
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise refuse(f"{MANIFEST_FILE}: {len(raw)} bytes; at most {MAX_MANIFEST_BYTES} are taken; shorten the notes")
+    return raw
 
 
 def _trained_base(origin: Manifest | None, base: BaseReference, allow_mismatch: bool) -> BaseReference | None:

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapters.errors import InvalidAdapter
-from adapters.manifest import MANIFEST_FILE, Manifest, decode_json
+from adapters.manifest import MANIFEST_FILE, MAX_MANIFEST_BYTES, Manifest, decode_json
 from adapters.validation import opened, refuse
-
-_MAX_MANIFEST_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -28,7 +26,7 @@ def read_origin(directory: Path) -> Manifest | None:
         return None
     try:
         with open_source(directory, MANIFEST_FILE) as fd:
-            return decode_json(os.pread(fd, _MAX_MANIFEST_BYTES, 0), Manifest)
+            return decode_json(os.pread(fd, MAX_MANIFEST_BYTES, 0), Manifest)
     except (InvalidAdapter, ValueError):
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters.errors import AdapterNotFound, InvalidAdapter, InvalidAdapterId, StoreUnavailable
+from adapters.errors import AdapterNotFound, BaseMismatch, InvalidAdapter, InvalidAdapterId, StoreUnavailable
 from adapters.layout import read_layout
 from adapters.manifest import Manifest, Scores, TrainingInfo, canonical_json, decode_json
 from adapters.store import AdapterStore, default_store_root
@@ -224,6 +224,15 @@ def test_numbers_that_json_cannot_hold_are_refused(where: str, store: AdapterSto
     training = TrainingInfo(method="lora", **{where: {"eval_loss": float("nan")}})
     with pytest.raises(InvalidAdapter, match="eval_loss must be finite"):
         store.publish(write_adapter(tmp_path / "source"), "a", training=training, **PUBLISH)
+
+
+def test_a_manifest_is_never_too_long_to_say_what_it_was_made_for(store: AdapterStore, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "source")
+    with pytest.raises(InvalidAdapter, match=r"manifest\.json: \d{7} bytes; at most 1048576"):
+        store.publish(source, "a", notes="n" * (1 << 20), **PUBLISH)
+    version = store.publish(source, "a", notes="n" * 1_000_000, **PUBLISH)
+    with pytest.raises(BaseMismatch):
+        store.publish(version.path, "b", **{**PUBLISH, "base_digest": "sha256:" + "00" * 32})
 
 
 @pytest.mark.parametrize("changes", [{"notes": "ahoy\udcff"}, {"base_name": "bas\udce9"}])
