@@ -79,7 +79,7 @@ def prepared(
 
 
 def _encoded(manifest: Manifest) -> bytes:
-    """As canonical JSON. Raises InvalidAdapter for text that is no Unicode (as file names can be), or too much of it."""
+    """As canonical JSON. Raises InvalidAdapter for text that is no Unicode, as file names can be, or too much."""
     try:
         raw = canonical_json(manifest)
     except UnicodeEncodeError as error:
