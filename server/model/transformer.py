@@ -84,7 +84,11 @@ class Transformer:
             x, residual = add_rms_norm(
                 x, residual, self.weights.norm if last else self.weights.layers[index + 1].input_norm, eps
             )
-        return self.weights.head(x if batch.sample_index is None else x[batch.sample_index])
+        if batch.sample_index is not None:
+            x = x[batch.sample_index]
+        if len(x) == 0:  # of a step that only reads part of a prompt: a 4-bit head would be decoded for it
+            return x.new_empty(0, self.spec.vocab_size)
+        return self.weights.head(x)
 
     def _attend(
         self, index: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch, cache: KVCache

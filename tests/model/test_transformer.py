@@ -1,6 +1,7 @@
 """The forward pass against transformers: every family, chunked, over scattered pages."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,20 @@ def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     got = logits_in_chunks(model, cache, ids, [13, 30, 1, 1, 25])
     assert (got - want).abs().max() < 1e-4
     assert torch.equal(got.argmax(-1), want.argmax(-1))
+
+
+@torch.inference_mode()
+def test_a_step_that_draws_nothing_does_not_use_the_head(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model, cache = load(tmp_path)
+    weights = replace(model.weights, head=None)  # type: ignore[arg-type]
+    headless = Transformer(model.spec, weights, model.spec.max_position)
+    attention = TorchAttention(model.spec.softmax_scale, model.spec.num_kv_heads, PAGE, CPU)
+    plan = attention.plan([], [AttentionChunk(0, 5, [3])])
+    slots = torch.arange(3 * PAGE, 3 * PAGE + 5)
+    batch = ForwardBatch(torch.arange(5), torch.arange(5), slots, torch.arange(0), plan, None)
+    assert headless.forward(batch, cache).shape == (0, 199)
+    assert cache.k[:, slots].any(), "K and V are cached all the same"
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen3"])
