@@ -44,7 +44,7 @@ class StopParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """When the engine ends a sequence. Stop strings are the front end's, as they need text."""
 
     max_tokens: int
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
 
 

@@ -42,7 +42,7 @@ class GenerateRequest:
     ignore_eos: bool = False
 
     def stop_params(self, max_tokens: int) -> StopParams:
-        return StopParams(max_tokens=max_tokens, stop_token_ids=self.stop_token_ids, ignore_eos=self.ignore_eos)
+        return StopParams(max_tokens, frozenset(self.stop_token_ids), self.ignore_eos)
 
 
 @dataclass(frozen=True, slots=True)

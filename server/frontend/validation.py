@@ -92,6 +92,9 @@ def _check_stopping(request: GenerateRequest, vocab_size: int, max_stop_strings:
             raise InvalidRequest(
                 f"stopping.stop_strings[{i}]", f"has {len(string)} characters; the limit is {MAX_STOP_CHARS}"
             )
+    if len(request.stop_token_ids) > vocab_size:
+        count = len(request.stop_token_ids)
+        raise InvalidRequest("stopping.stop_token_ids", f"has {count} ids; the base has {vocab_size} tokens")
     _check_token_ids("stopping.stop_token_ids", request.stop_token_ids, vocab_size)
 
 

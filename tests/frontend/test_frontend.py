@@ -315,6 +315,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any]]] = [
     ("stopping.stop_strings[1]", {"stop_strings": ("a", "")}),
     ("stopping.stop_strings[0]", {"stop_strings": ("a" * 1001,)}),
     ("stopping.stop_token_ids[1]", {"stop_token_ids": (0, VOCAB_SIZE)}),
+    ("stopping.stop_token_ids", {"stop_token_ids": (0,) * (VOCAB_SIZE + 1)}),
     ("text", {"prompt": ""}),
     ("text", {"prompt": "the " * 5000}),
     ("prompt", {"prompt": []}),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.messages import Ready
+from server.engine.messages import Ready, Submit, decode_to_engine, encode
 from server.errors import InvalidRequest
 from server.frontend.preparation import Preparation
 from server.frontend.tokenizer import Tokenizer
@@ -67,3 +67,11 @@ def test_a_conversation_of_more_messages_than_the_context_has_tokens_is_refused(
     with pytest.raises(InvalidRequest, match="messages: has 65 messages"):
         preparation.check(request([ChatMessage("user", "")] * 65), INFO)
     preparation.check(request([ChatMessage("user", "")] * 64), INFO)
+
+
+def test_stop_tokens_reach_the_engine_as_a_set(preparation: Preparation) -> None:
+    """It looks for each token that it draws among them, between two steps that all others wait for."""
+    prepared = asyncio.run(preparation.prepare(request("hello", stop_token_ids=(5, 7, 5)), INFO, "r", None))
+    arrived = decode_to_engine(encode(prepared.submit))
+    assert isinstance(arrived, Submit)
+    assert arrived.stopping.stop_token_ids == {5, 7}

@@ -176,7 +176,9 @@ class Stopping(_message.Message):
 
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """End when one of these tokens is drawn. It is the last of `token_ids` and adds no text."""
+        """End when one of these tokens is drawn. It is the last of `token_ids` and adds no text. No more than the base has
+        tokens.
+        """
 
     def __init__(
         self,
