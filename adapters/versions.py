@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapters.content import damage
+from adapters.content import damage, manifest_faults
 from adapters.errors import AdapterNotFound, StoreUnavailable
 from adapters.files import locked, make_directory, store_error, sync_directory
 from adapters.ids import check_digest, is_digest
@@ -70,11 +70,14 @@ class VersionFiles:
         """Raises StoreUnavailable when it is missing or damaged."""
         file = self.path(digest) / MANIFEST_FILE
         try:
-            return decode_json(file.read_bytes(), Manifest)
+            manifest = decode_json(file.read_bytes(), Manifest)
+            if faults := manifest_faults(manifest, digest):
+                raise ValueError("; ".join(faults))
         except OSError as error:
             raise store_error(error, file) from error
         except ValueError as error:
             raise StoreUnavailable(f"the manifest {file} is damaged: {error}", path=str(file)) from None
+        return manifest
 
     def faults(self, digest: str) -> list[str]:
         """What is not as it was published, one line a fault; empty when intact. Reads every byte."""

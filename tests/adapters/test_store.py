@@ -2,6 +2,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import stat
 from pathlib import Path
 
@@ -338,6 +339,21 @@ def test_an_export_takes_no_place_that_cannot_be_replaced(
         with pytest.raises(FileExistsError):
             export_version(store, version, Path(place))
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_manifest_of_another_version_is_damage(store: AdapterStore, tmp_path: Path) -> None:
+    """Its base is what requests are let through by."""
+    source = write_adapter(tmp_path / "source")
+    version = store.publish(source, "a", **PUBLISH)
+    other = store.publish(source, "b", **{**PUBLISH, "base_digest": "sha256:" + "00" * 32})
+    (version.path / "manifest.json").unlink()
+    shutil.copyfile(other.path / "manifest.json", version.path / "manifest.json")
+    with pytest.raises(StoreUnavailable, match=rf"manifest\.json is damaged: .*does not belong to {version.digest}"):
+        store.resolve("a")
+    with pytest.raises(InvalidAdapter, match=r"manifest\.json"):
+        store.verify(version)
+    store.verify(store.publish(source, "a", **PUBLISH))
+    assert store.resolve("a").manifest.base_digest == BASE_DIGEST
 
 
 RECORD = {"name": "a", "labels": {"latest": "sha256:" + "0" * 64}, "versions": ["sha256:" + "0" * 64], "history": []}
