@@ -19,6 +19,9 @@ from server.frontend.validation import check_known, check_request, output_budget
 # Characters that take about a millisecond to encode; longer prompts are encoded in a thread.
 _ENCODE_INLINE = 2048
 
+# Characters of stop strings whose automaton takes about a millisecond to make; for more it is made in a thread.
+_STOP_INLINE = 500
+
 # What rendering a message of a conversation takes beside its text, in such characters.
 _MESSAGE_CHARACTERS = 32
 
@@ -75,12 +78,17 @@ class Preparation:
         )
         completion = Completion(
             Detokenizer(self._token_bytes, prompt),
-            StopStrings(request.stop_strings) if request.stop_strings else None,
+            await self._stop_strings(request.stop_strings),
             "" if version is None else version.digest,
             len(prompt),
             _trained_otherwise(version, info),
         )
         return Prepared(submit, completion)
+
+    async def _stop_strings(self, strings: tuple[str, ...]) -> StopStrings | None:
+        if sum(map(len, strings)) > _STOP_INLINE:
+            return await asyncio.to_thread(StopStrings, strings)
+        return StopStrings(strings) if strings else None
 
     async def _encode(self, request: GenerateRequest, max_tokens: int) -> tuple[str, list[int]]:
         """The field that holds the prompt, and its tokens. A long one is encoded in a thread, one that is far too

@@ -11,6 +11,7 @@ import pytest
 from server.engine.messages import Ready, Submit, decode_to_engine, encode
 from server.errors import InvalidRequest
 from server.frontend.preparation import Preparation
+from server.frontend.stop_strings import StopStrings
 from server.frontend.tokenizer import Tokenizer
 from server.frontend.types import ChatMessage
 from tests.frontend.harness import TOKENIZER, base_model, ids, request
@@ -59,6 +60,25 @@ def test_a_conversation_that_takes_long_to_encode_does_not_hold_up_others(
 
     monkeypatch.setattr(Tokenizer, "encode_chat", encode_chat)
     asyncio.run(preparation.prepare(request(messages), INFO, "r", None))
+    assert [thread is threading.main_thread() for thread in threads] == [is_inline]
+
+
+@pytest.mark.parametrize(("length", "is_inline"), [(20, True), (1000, False)])
+def test_long_stop_strings_do_not_hold_up_others(
+    preparation: Preparation, monkeypatch: pytest.MonkeyPatch, length: int, is_inline: bool
+) -> None:
+    threads = []
+
+    class Watched(StopStrings):
+        __slots__ = ()
+
+        def __init__(self, strings: Sequence[str]) -> None:
+            threads.append(threading.current_thread())
+            super().__init__(strings)
+
+    monkeypatch.setattr("server.frontend.preparation.StopStrings", Watched)
+    asked = request("hi", stop_strings=tuple(letter * length for letter in "abcd"))
+    asyncio.run(preparation.prepare(asked, INFO, "r", None))
     assert [thread is threading.main_thread() for thread in threads] == [is_inline]
 
 
