@@ -16,6 +16,7 @@ from server.errors import BaseModelError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "LICENSE*"]
+HUB_COPIES = ["consolidated*"]  # Mistral's: all weights once more, under other names
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _from_hub(repo_id: str, progress: Callable[[str], None]) -> Path:
 
     progress(f"looking for {repo_id} on the Hugging Face hub")
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except GatedRepoError as error:
         raise BaseModelError(
             f"{repo_id}: access is restricted; accept its terms on the hub and run `hf auth login`, or pass a directory"

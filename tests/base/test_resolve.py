@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
 from server.base.cache import cache_root, locked
@@ -189,6 +190,21 @@ def test_a_hub_id_without_network_says_what_to_do(tmp_path: Path, monkeypatch: p
     message = refusal("nobody/no-such-model-here")
     assert "nobody/no-such-model-here" in message
     assert "pass a local directory" in message
+
+
+def test_of_a_hub_model_what_serving_reads_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the files of mistralai/Mistral-7B-Instruct-v0.3."""
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    wanted = [*shards, "config.json", "generation_config.json", "model.safetensors.index.json", "tokenizer.json"]
+    wanted += ["tokenizer.model", "tokenizer.model.v3", "tokenizer_config.json", "special_tokens_map.json"]
+    others = ["consolidated.safetensors", "README.md", ".gitattributes"]
+
+    def fetch(repo_id: str, **patterns: Any) -> str:
+        assert sorted(filter_repo_objects([*wanted, *others], **patterns)) == sorted(wanted)
+        return str(make_base(tmp_path / "fetched"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert resolve_base("mistralai/Mistral-7B-Instruct-v0.3").path == tmp_path / "fetched"
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
