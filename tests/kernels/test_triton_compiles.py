@@ -25,6 +25,7 @@ def launched_kernels() -> set[str]:
     return names
 
 
+@pytest.mark.timeout(900)  # 20 s of computing, which took 150 on a machine with four times as much to do
 @pytest.mark.parametrize("capability", list(SHARED_MEMORY))
 def test_kernels_compile_and_fit(capability: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
