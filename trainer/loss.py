@@ -27,8 +27,10 @@ class CausalLoss(nn.Module):
     def __init__(
         self, causal_lm: Any, fused: Callable[[Tensor, Tensor | None, Segments | None], Tensor] | None = None
     ) -> None:
-        """`fused` computes the body's last hidden states in its place."""
+        """`fused` computes the body's last hidden states in its place. Raises TrainingError for a model without one."""
         super().__init__()
+        if causal_lm.base_model is causal_lm:
+            raise TrainingError("the base cannot be trained: transformers does not tell its body from its head")
         self.causal_lm = causal_lm
         self._body = causal_lm.base_model
         self._fused = fused

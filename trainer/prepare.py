@@ -154,7 +154,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def make_encoder(settings: Settings, tokenizer: Any, path: Path, config: dict[str, Any]) -> Encoder:
     """The encoder for a base at `path`."""
-    limit = config.get("max_position_embeddings") or settings.max_length
+    limit = config.get("max_position_embeddings") or config.get("n_positions") or settings.max_length  # GPT-2's name
     return Encoder(
         tokenizer,
         read_end_ids(path, tokenizer.eos_token_id),

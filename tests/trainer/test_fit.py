@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 
 from server.base.resolve import BaseModel
 from tests.trainer.conftest import ANSWER, Train
+from trainer.data import Text
 from trainer.devices import choose_dtype, cpu_multiplies_bf16
+from trainer.encoding import Counts
 from trainer.errors import DataError, RunError, SettingsError, TrainingError
 from trainer.fit import Watcher, fit
 from trainer.methods.adapter import choose_targets
-from trainer.prepare import read_end_ids
+from trainer.prepare import make_encoder, read_end_ids
 from trainer.settings import Settings
 
 
@@ -272,6 +274,13 @@ def test_what_is_wrong_is_refused_before_training(train: Train, base: BaseModel,
         (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": kind}))
         with pytest.raises(SettingsError, match=f"other: .*{words}"):
             train(base=str(tmp_path / "other"), run=kind)
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_no_row_is_longer_than_the_base_can_take(name: str, base: BaseModel) -> None:
+    encoder = make_encoder(Settings(), AutoTokenizer.from_pretrained(base.path), base.path, {name: 12})
+    with pytest.raises(DataError, match=r"x:1: is \d+ tokens long; max-length is 12"):
+        list(encoder.encode_all([Text("dog " * 10, "x:1")], Counts()))
 
 
 def test_bf16_is_chosen_where_the_processor_has_it(tmp_path: Path) -> None:

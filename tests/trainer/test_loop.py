@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from server.base.resolve import BaseModel
 from tests.trainer.conftest import Train
@@ -191,6 +191,16 @@ def test_a_model_that_does_not_keep_packed_rows_apart_is_found_out(kind: str) ->
     else:
         with pytest.raises(TrainingError, match="keeps packed rows apart"):
             loss.check_packing(ids)
+
+
+def test_a_model_without_a_body_of_its_own_is_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model: Any = LlamaForCausalLM(config)
+    model.base_model_prefix = "language_model"  # as Llama 4's text model has it
+    with pytest.raises(TrainingError, match="does not tell its body from its head"):
+        CausalLoss(model)
 
 
 def test_a_loss_that_explodes_ends_the_run_and_keeps_the_last_checkpoint(
