@@ -1,6 +1,7 @@
 """The engine on a GPU: captured decodes, FlashInfer and the Triton kernels against transformers and PEFT in float32."""
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,7 @@ def test_adapters_that_are_proved_beside_steps_change_no_bit_of_them(
         adapter_cache_bytes=1 << 28,
         **settings,
     )
+    shutil.rmtree(tmp_path / "base")
 
     def answers(tag: str) -> list[list[tuple[int, float]]]:
         names = [f"{tag}{i}" for i in range(8)]
