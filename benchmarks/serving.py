@@ -5,8 +5,8 @@
 A server is started as a process of its own on loopback. `streams` clients, in one more process, each stream `new`
 tokens, stream i with adapter i % adapters; `decode_tok_s` is all their tokens over the time from the first token of the
 last stream to have one, to the first end of a stream: the batch is full throughout. The engine is timed over as many
-steps in a process of its own. `rss_bytes` is what front end and engine hold together before the first request, `ready_s`
-the time from the start of the process until it takes requests.
+steps in a process of its own. `rss_bytes` is what front end and engine hold together before the first request,
+`ready_s` the time from the start of the process until it takes requests.
 """
 
 import argparse
