@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapters.layout import AdapterHead, layout_of, read_head
 from adapters.patterns import PatternCompiler
-from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, read_header, read_json
+from adapters.validation import CONFIG_FILE, WEIGHTS_FILE, Limits, opened, parse_header, parse_json
 from server.errors import CanaryFailed
 from server.kernels import silu_mul
 from server.lora.batch import LowRankTerm, TokenSpan, build_lora_batch
@@ -71,9 +72,11 @@ class Canary:
 
     @torch.inference_mode()
     def check(self, directory: Path, ranges: Ranges) -> None:
-        """Raises CanaryFailed if what the pool's rows compute is not what the files say."""
+        """Raises CanaryFailed if what the pool's rows compute is not what the files say, InvalidAdapter if these are no
+        adapter of the base any more."""
         files = _Files.read(directory)  # what waits for a disk holds up nobody's turn
         with torch.cuda.stream(self._stream), self._pace:  # None: no stream
+            layout_of(files.head, self._model.spec.linears())
             self._compare(directory, Reference.of(files, self._device, self._pace), ranges)
 
     def _compare(self, directory: Path, reference: "Reference", ranges: Ranges) -> None:
@@ -134,18 +137,16 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What an adapter's files hold."""
+    """What an adapter's files hold now; the loader has validated what they held then."""
 
-    config: Mapping[str, Any]
+    head: AdapterHead
     tensors: Mapping[str, Tensor]
 
     @classmethod
     def read(cls, directory: Path) -> "_Files":
-        """The directory has been validated by the loader; it may change, but that ends in an error."""
-        with opened(directory / CONFIG_FILE) as fd:
-            config = read_json(fd, CONFIG_FILE, Limits().max_config_bytes)
-        with opened(directory / WEIGHTS_FILE) as fd:
-            return cls(config, read_tensors(fd, read_header(fd, Limits())))
+        with opened(directory / CONFIG_FILE) as config_fd, opened(directory / WEIGHTS_FILE) as fd:
+            head = read_head(config_fd, fd)
+            return cls(head, read_tensors(fd, parse_header(head.weights, Limits())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +157,7 @@ class Reference:
 
     @classmethod
     def of(cls, files: _Files, device: torch.device, pace: Pace) -> "Reference":
-        config, tensors = files.config, files.tensors
+        config, tensors = parse_json(files.head.config, CONFIG_FILE), files.tensors
         alpha_of = _alphas(config)
         modules: dict[str, _Module] = {}
         for name, a in tensors.items():

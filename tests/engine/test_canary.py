@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from adapters.errors import InvalidAdapter
+from adapters.validation import WEIGHTS_FILE
 from server.base.spec import ModelSpec
 from server.engine.canary import Canary
 from server.engine.messages import AdapterRef, LoadAdapter
@@ -148,6 +151,33 @@ def test_a_config_that_says_another_scaling_than_was_loaded_is_refused(
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "use_rslora": True}))
     with pytest.raises(CanaryFailed):
+        bench.check(adapter, ranges)
+
+
+def lose_tensor(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def narrow(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:, :2].contiguous()
+
+
+@pytest.mark.parametrize("change", [lose_tensor, narrow])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_files_that_have_become_no_adapter_since_they_were_loaded_are_refused(
+    part: str,
+    change: Callable[[dict[str, torch.Tensor], str], None],
+    llama: tuple[PreTrainedModel, Path],
+    tmp_path: Path,
+) -> None:
+    """It may have waited for rows meanwhile. Any other error would end the engine."""
+    bench = Bench(llama[1], torch.float32)
+    adapter = make_adapter(llama[0], tmp_path / "adapter", 0)
+    ranges, file = bench.place(adapter), tmp_path / "adapter" / WEIGHTS_FILE
+    tensors = load_file(file)
+    change(tensors, next(name for name in tensors if part in name))
+    save_file(tensors, file)
+    with pytest.raises(InvalidAdapter, match=part):
         bench.check(adapter, ranges)
 
 
