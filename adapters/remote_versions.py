@@ -1,6 +1,7 @@
 """The versions of a remote store: brought to the bucket, and into this machine's cache, where each is checked."""
 
 import contextlib
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -146,14 +147,15 @@ class RemoteVersions:
 
     def _trim(self, newest: str) -> None:
         """Make room in the cache: the least recently used versions go, unless leased."""
-        present, kept, total = self._files.present(), {newest}, 0
-        for version in reversed(present):
-            total += version.size_bytes
-            if total <= self._max_cache_bytes:
-                kept.add(version.digest)
-        if len(kept) < len(present):
+        if sum(version.size_bytes for version in self._files.present()) > self._max_cache_bytes:
             with store_errors(self._files.root):
-                self._files.collect(lambda: kept)
+                self._files.collect(lambda: self._recent() | {newest})
+
+    def _recent(self) -> set[str]:
+        """The most recently used versions that the cache has room for."""
+        recent = list(reversed(self._files.present()))
+        totals = itertools.accumulate(version.size_bytes for version in recent)
+        return {version.digest for version, total in zip(recent, totals, strict=True) if total <= self._max_cache_bytes}
 
     def _damaged(self, digest: str, faults: list[str]) -> InvalidAdapter:
         message = f"version {digest} in {self._bucket.location} is damaged: {'; '.join(faults)}"

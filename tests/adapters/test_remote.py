@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -608,12 +609,41 @@ def test_the_cache_stays_within_its_budget(
     size = sum(file.stat().st_size for file in versions[0].path.iterdir())
     reader = machine(max_cache_bytes=2 * size + 100)
     paths = [reader.fetch(version.digest) for version in versions[:2]]
+    os.utime(paths[1], (1, 1))
     with reader.lease(versions[0].digest):  # used last, and held
         third = reader.fetch(versions[2].digest)
         assert [path.exists() for path in (*paths, third)] == [True, False, True]
         reader.fetch(versions[1].digest)
         assert paths[0].exists(), "held, and so over the budget"
     assert reader.fetch(versions[1].digest).exists()
+
+
+def test_room_is_not_made_of_what_came_meanwhile(
+    store: RemoteStore,
+    machine: Callable[..., RemoteStore],
+    sources: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fourth = write_adapter(tmp_path / "fourth", seed=4)
+    *old, newest, other = (store.publish(source, "a", **PUBLISH) for source in (*sources, fourth))
+    size = sum(file.stat().st_size for file in newest.path.iterdir())
+    reader, another = (machine("shared", max_cache_bytes=budget) for budget in (2 * size + 100, 9 * size))
+    for version in old:
+        os.utime(reader.fetch(version.digest), (1, 1))
+    arriving = [partial(another.fetch, other.digest)]
+    present = versions.VersionFiles.present
+
+    def looking(files: versions.VersionFiles) -> list[versions.LocalVersion]:
+        found = present(files)
+        while arriving:  # another process brings one just after this one has looked what is there
+            arriving.pop()()
+        return found
+
+    monkeypatch.setattr(versions.VersionFiles, "present", looking)
+    reader.fetch(newest.digest)
+    here = {version.digest for version in present(versions.VersionFiles(tmp_path / "shared"))}
+    assert here == {newest.digest, other.digest}
 
 
 def test_many_threads_fetch_a_version_once(
