@@ -61,28 +61,18 @@ class RemoteVersions:
         with self._fetching[digest]:  # one of many threads brings it
             if path.is_dir():
                 return path
-            manifest = self.manifest(digest)
-            with store_errors(self._files.root, manifest.size_bytes), self._files.staged() as stage:
-                content = stage / "content"
-                content.mkdir()
-                if faults := self._download(manifest, content):
-                    raise self._damaged(digest, faults)
-                write_file(content / MANIFEST_FILE, canonical_json(manifest))
-                sync_directory(content)
-                with self._files.locked():
-                    self._files.place(content, digest)
-            self._trim(digest)
+            if faults := self._bring(self.manifest(digest)):
+                raise self._damaged(digest, faults)
         return path
 
     def faults(self, digest: str) -> list[str]:
-        """What of the bucket's files is not as published, whatever the cache holds."""
-        with store_errors(self._files.root), self._files.staged() as stage:
-            try:
-                return self._download(self._manifest_in_bucket(digest), stage)
-            except AdapterNotFound:
-                return [f"{MANIFEST_FILE}: is not in the bucket"]
-            except InvalidAdapter as error:
-                return list(error.faults)
+        """What of the bucket's files is not as published, whatever the cache holds; it holds what is, then."""
+        try:
+            return self._bring(self._manifest_in_bucket(digest))
+        except AdapterNotFound:
+            return [f"{MANIFEST_FILE}: is not in the bucket"]
+        except InvalidAdapter as error:
+            return list(error.faults)
 
     def upload(self, digest: str) -> None:
         """Bring from the cache what the bucket has not; the manifest always, last, so that the version looks recent."""
@@ -128,6 +118,20 @@ class RemoteVersions:
         """Asked for just before a version would be removed: every publication writes the manifest again."""
         times = [self._bucket.modified(key) for key in {*keys, _key(digest, MANIFEST_FILE)}]
         return max((when for when in times if when is not None), default=0.0)
+
+    def _bring(self, manifest: Manifest) -> list[str]:
+        """Put a version into the cache, or mend it there; what is wrong with it in the bucket, one line a fault."""
+        with store_errors(self._files.root, manifest.size_bytes), self._files.staged() as stage:
+            content = stage / "content"
+            content.mkdir()
+            if faults := self._download(manifest, content):
+                return faults
+            write_file(content / MANIFEST_FILE, canonical_json(manifest))
+            sync_directory(content)
+            with self._files.locked():
+                self._files.place(content, manifest.digest)
+        self._trim(manifest.digest)
+        return []
 
     def _download(self, manifest: Manifest, directory: Path) -> list[str]:
         """Bring a version's files into `directory`; what is wrong with them, one line a fault."""

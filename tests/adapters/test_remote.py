@@ -538,6 +538,17 @@ def test_what_is_being_published_is_not_collected_from_the_cache(
     assert version.path.is_dir()
 
 
+def test_verifying_mends_the_cache(store: RemoteStore, sources: list[Path]) -> None:
+    """A server refuses to load what is damaged there, and would go on to."""
+    version = store.publish(sources[0], "a", **PUBLISH)
+    weights = version.path / WEIGHTS
+    weights.chmod(0o644)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with store.lease(version.digest):
+        store.verify(version)
+        assert weights.read_bytes() == (sources[0] / WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize(
     "edit",
     [
