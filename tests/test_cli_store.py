@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from adapters.remote import RemoteStore
 from adapters.store import AdapterStore
 from server.cli import main
 from server.cli.exits import ExitCode
@@ -96,6 +97,14 @@ def test_import_list_and_show(run: Run, base: Path, peft_adapter: Callable[[floa
     assert (shown["notes"], shown["metrics"], shown["base_name"]) == ("ahoy", {}, "base")
     assert shown["residency"] is None
     assert "nobody" in run("show", "nobody", code=ExitCode.NOT_FOUND)
+
+
+def test_what_is_removed_while_a_list_is_made_is_not_in_it(
+    run: Run, digests: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (AdapterStore, RemoteStore):
+        monkeypatch.setattr(kind, "names", lambda store: ["gone", "pirate"])
+    assert [entry["digest"] for entry in run("list")["adapters"]] == [digests[-1]]
 
 
 def test_labels_move_go_back_and_go_away(run: Run, digests: list[str]) -> None:

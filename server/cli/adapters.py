@@ -1,5 +1,6 @@
 """`lorikeet adapters`: the commands together, and those that look, in a store or on a server, or ask a server."""
 
+import contextlib
 from typing import Annotated, Any
 
 import typer
@@ -163,8 +164,13 @@ def unpin(
 
 
 def _in_store(location: str) -> list[dict[str, Any]]:
-    store = open_existing(location)
-    return [version_fields(store.resolve(name)) for name in store.names()]
+    from adapters.errors import AdapterNotFound
+
+    store, entries = open_existing(location), list[dict[str, Any]]()
+    for name in store.names():
+        with contextlib.suppress(AdapterNotFound):  # removed since the names were read
+            entries.append(version_fields(store.resolve(name)))
+    return entries
 
 
 def _on_server(server: str, timeout: float) -> list[dict[str, Any]]:
