@@ -59,15 +59,13 @@ def worst_step_bytes(
     model: Transformer, pool: AdapterPool, page_size: int, max_model_len: int, max_tokens: int, max_seqs: int
 ) -> int:
     """What a step of `max_tokens` prompt tokens, with adapters, takes at its peak, with a draw for `max_seqs` rows
-    that sorts the vocabulary, beside weights, adapters and KV: it is run. Compiles the prefill kernels."""
+    that penalises and sorts the vocabulary, beside weights, adapters and KV: it is run. Compiles the prefill
+    kernels."""
     spec, embedding = model.spec, model.weights.embedding
     device = embedding.device
     num_pages = -(-max_tokens // page_size) + 1
     cache = KVCache.allocate(spec, num_pages, page_size, embedding.dtype, device)
     attention = FlashInferAttention(spec, page_size, num_pages, embedding.dtype, device)
-    sampler = Sampler(max_seqs, spec.vocab_size, device)
-    for row in range(max_seqs):
-        sampler.admit(row, SamplingParams(temperature=1.0, top_p=0.9, seed=0), [], [])
     chunks = [
         AttentionChunk(0, min(max_model_len, max_tokens - first), _pages(first, max_tokens, page_size))
         for first in range(0, max_tokens, max_model_len)
@@ -78,6 +76,10 @@ def worst_step_bytes(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    sampler = Sampler(max_seqs, spec.vocab_size, device)
+    dearest = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, frequency_penalty=0.1, seed=0)
+    for row in range(max_seqs):
+        sampler.admit(row, dearest, [], [])
     logits = model.forward(
         ForwardBatch(
             input_ids=torch.zeros(max_tokens, dtype=torch.int64, device=device),
