@@ -21,7 +21,7 @@ from trainer.commands.preview import preview
 from trainer.commands.publish import evaluate, publish
 from trainer.commands.sweep import sweep
 from trainer.errors import PeerFailed
-from trainer.launch import own_rank
+from trainer.launch import is_launched, own_rank
 
 EXIT_CODES = {"INVALID_ARGUMENT": 2, "FAILED_PRECONDITION": 4, "RESOURCE_EXHAUSTED": 5, "UNAVAILABLE": 6}
 INTERRUPTED = 130
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = int(build_app()(args=given, prog_name="trainer", standalone_mode=False) or 0)
-        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        if code == INTERRUPTED and not is_launched():  # what typer makes of Ctrl-C; who launched this one says it
             note("interrupted")
         return code
     except Exception as error:  # noqa: BLE001 (the process boundary)

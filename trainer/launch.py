@@ -30,7 +30,8 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that failed has said why
+    agent = logging.getLogger("torch.distributed.elastic")  # what is below it has levels of its own
+    agent.handlers, agent.propagate = [logging.NullHandler()], False  # the process that failed has said why
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     config = LaunchConfig(
         min_nodes=1,

@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,11 +64,6 @@ def smoothed(values: Sequence[float]) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         result.append(mean / weight)
     return result
-
-
-def save_png(path: Path, png: bytes) -> None:
-    """Write a picture."""
-    path.write_bytes(png)
 
 
 def _bars(axes: "Axes", comparison: "Comparison", title: str, value: "Any") -> None:
