@@ -49,8 +49,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param == "disk":
         return str(tmp_path / "store")
     server: S3Server = request.getfixturevalue("s3_server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.tell(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bucket = f"cli-{abs(hash(tmp_path))}"
     server.make_bucket(bucket)
@@ -267,8 +266,7 @@ def test_a_store_that_is_not_there_is_not_an_empty_one(tmp_path: Path, capsys: p
 def test_a_bucket_that_is_away(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
+    s3_server.tell(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     s3_server.stop()
     try:

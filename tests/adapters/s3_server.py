@@ -7,8 +7,11 @@ import urllib.request
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
+
+from adapters import bucket
 
 
 class S3Server:
@@ -34,6 +37,13 @@ class S3Server:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
         }
+
+    def tell(self, patch: pytest.MonkeyPatch) -> None:
+        """Clients in this process find it, and wait long: a busy machine may stand still for seconds."""
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+        for limit in ("_QUICK_SECONDS", "_SILENT_SECONDS"):
+            patch.setattr(bucket, limit, 240)
 
     def make_bucket(self, name: str) -> None:
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")

@@ -47,8 +47,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.fixture
 def location(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    server.tell(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg-cache"))
     bucket = f"adapters-{next(_numbers)}"
     server.make_bucket(bucket)
