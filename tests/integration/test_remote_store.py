@@ -32,8 +32,7 @@ def s3_server() -> Iterator[S3Server]:
 def publisher(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteStore]:
     """The store as the machine has it that publishes; its environment is the servers', too."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.environment.items():
-            patch.setenv(name, value)
+        s3_server.tell(patch)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield RemoteStore(open_bucket(LOCATION), tmp_path_factory.mktemp("publisher"))
 

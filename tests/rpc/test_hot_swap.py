@@ -256,8 +256,7 @@ def test_a_load_tells_how_far_it_is(tmp_path: Path) -> None:
 def test_a_store_in_a_bucket_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is in memory is served all the while; what is not is refused, with a time to come back, until it is back."""
     bucket = S3Server()
-    for name, value in bucket.environment.items():
-        monkeypatch.setenv(name, value)
+    bucket.tell(monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "server"))
     bucket.make_bucket("adapters")
     location = "s3://adapters/all"
