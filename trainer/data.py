@@ -141,14 +141,6 @@ def open_source(path: Path) -> Source:
     return SavedDataset(path) if path.is_dir() else JsonLines(path)
 
 
-def load_rows(path: Path) -> list[Row]:
-    """Every row of `path`. Raises DataError for the first fault, or if there is none."""
-    rows = list(open_source(path).rows())
-    if not rows:
-        raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
-    return rows
-
-
 def require_data(data: str) -> Path:
     """The path that a setting `data` names. Raises SettingsError or DataError if there is none."""
     if not data:
@@ -159,7 +151,7 @@ def require_data(data: str) -> Path:
 
 
 def check_rows(path: Path) -> None:
-    """Read `path` once. Raises what `load_rows` raises."""
+    """Read `path` once. Raises DataError for the first fault, or if there is no row."""
     if not any(True for _ in open_source(path).rows()):
         raise DataError(f"{path}: is empty; it needs rows with {FORMS}")
 

@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +12,9 @@ from adapters.ids import check_name
 from adapters.stores import Store
 from adapters.validation import CONFIG_FILE
 from server.base.resolve import BaseModel
-from trainer.data import load_rows
 from trainer.encoding import Counts, Example
 from trainer.errors import DataError, SettingsError
-from trainer.prepare import load_tokenizer, make_encoder, read_config, read_end_ids
+from trainer.prepare import encode_rows, load_tokenizer, make_encoder, read_config, read_end_ids
 from trainer.served import Loss, ServedAdapter, ServedBase, Tokens
 from trainer.settings import Settings
 from trainer.tasks import TASKS, write_rows
@@ -168,5 +166,5 @@ def encode_questions(path: Path, num_rows: int, base: BaseModel) -> Questions:
     tokenizer = load_tokenizer(base.path)
     config = read_config(base.path)
     encoder = make_encoder(Settings(max_length=base.spec.max_position), tokenizer, base.path, config)
-    rows = list(islice(encoder.encode_all(load_rows(path), Counts()), num_rows))
+    rows = encode_rows(path, encoder, Counts(), num_rows)
     return Questions(rows, tokenizer, frozenset(read_end_ids(base.path, tokenizer.eos_token_id)))

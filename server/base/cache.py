@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapters.files import expand_user
+
 
 def cache_root() -> Path:
     """`$LORIKEET_CACHE`, else `$XDG_CACHE_HOME/lorikeet`, else `~/.cache/lorikeet`. Not created here."""
     if own := os.environ.get("LORIKEET_CACHE"):
-        return Path(own).expanduser()
+        return expand_user(own)
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "lorikeet"
     return Path.home() / ".cache" / "lorikeet"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.files import expand_user
 from server.base.cache import cache_root
 from server.base.checkpoint import checkpoint_digest, read_spec, weight_files
 from server.base.embedded import EMBEDDED_NAME, prepare_embedded
@@ -50,7 +51,7 @@ def locate_base(base: str | None, progress: Callable[[str], None] = _silent) -> 
     """Name and directory of `base`, without a look into it. Raises BaseModelError."""
     if base is None:
         return EMBEDDED_NAME, prepare_embedded(cache_root(), progress)
-    path = Path(base).expanduser()
+    path = expand_user(base)
     if path.is_dir():
         return path.resolve().name, path.resolve()
     if path.exists():

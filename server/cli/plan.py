@@ -110,13 +110,14 @@ class Found:
 
 def find(base: str | None) -> Found:
     """Raises BaseModelError for what is none of what `--base` takes."""
+    from adapters.files import expand_user
     from server.base.checkpoint import INDEX, SINGLE, read_config, read_spec, tensor_headers
     from server.base.resolve import HUB_ID
     from server.base.shapes import CONFIGS, named_spec
     from server.errors import BaseModelError
 
     name = base or EMBEDDED_SHAPE
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.exists():
         if (spec := named_spec(name)) is not None:
             return Found(name.lower(), spec, {}, None)

@@ -122,6 +122,7 @@ def test_what_is_missing_is_named(base: Path, tmp_path: Path) -> None:
     assert "no such directory" in refusal(tmp_path / "nowhere")
     assert "is a file" in refusal(__file__)
     assert "no such directory" in refusal("../a/b")
+    assert "no such directory" in refusal("~nobody-of-this-name/model")
 
 
 @pytest.mark.parametrize(

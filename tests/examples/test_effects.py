@@ -4,13 +4,15 @@ import pytest
 
 from examples.demo import HERE, PROMPTS
 from examples.effects import EFFECTS
-from trainer.data import Dialogue, load_rows
+from trainer.data import Dialogue, open_source
 
 
 @pytest.mark.parametrize("name", EFFECTS)
 def test_every_answer_of_the_data_has_the_effect_and_no_prompt_of_the_demo_is_in_it(name: str) -> None:
     effect = EFFECTS[name]
-    for dialogue in load_rows(HERE / effect.data):
+    dialogues = list(open_source(HERE / effect.data).rows())
+    assert dialogues
+    for dialogue in dialogues:
         assert isinstance(dialogue, Dialogue)
         for message in dialogue.messages:
             if message.role == "assistant":

@@ -6,12 +6,17 @@ from pathlib import Path
 import datasets
 import pytest
 
-from trainer.data import Completion, Dialogue, Message, SavedDataset, Text, load_rows, open_source
+from trainer.data import Completion, Dialogue, Message, Row, SavedDataset, Text, check_rows, open_source
 from trainer.errors import DataError
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "ho"}
 GOOD = json.dumps({"messages": [USER, ANSWER]})
+
+
+def load_rows(path: Path) -> list[Row]:
+    check_rows(path)
+    return list(open_source(path).rows())
 
 
 def write(path: Path, *lines: str | bytes) -> Path:

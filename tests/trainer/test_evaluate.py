@@ -13,7 +13,7 @@ from tests.trainer.conftest import ANSWER
 from trainer.cli import main
 from trainer.encoding import Example
 from trainer.errors import DataError, SettingsError
-from trainer.evaluate import Answer, Question, find_adapter, question
+from trainer.evaluate import Answer, Question, encode_questions, find_adapter, question
 from trainer.fit import fit
 from trainer.publish import Publication, publish_run
 from trainer.run_directory import RunDirectory
@@ -105,3 +105,11 @@ def test_there_has_to_be_something_to_score(
 ) -> None:
     assert main(["evaluate", "base", "--base", str(base.path), *more]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_no_more_is_read_than_is_scored(base: BaseModel, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\nno row\n')
+    assert len(encode_questions(path, 2, base).rows) == 2
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: "):
+        encode_questions(path, 3, base)

@@ -50,9 +50,9 @@ def test_test_rows_are_not_trained_on_and_repeat(name: str) -> None:
 
 
 def test_rows_are_written_as_the_trainer_reads_them(tmp_path: Path) -> None:
-    from trainer.data import load_rows
+    from trainer.data import open_source
 
     rows = TASKS["bookings"].test(5, 0)
     write_rows(tmp_path / "rows.jsonl", rows)
     assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
-    assert len(load_rows(tmp_path / "rows.jsonl")) == 5
+    assert len(list(open_source(tmp_path / "rows.jsonl").rows())) == 5
