@@ -1,17 +1,25 @@
 """`trainer` as a program: what it prints, its exit codes, and Ctrl-C."""
 
+import fcntl
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from adapters.store import AdapterStore
 from server.base.resolve import BaseModel
+from tests.support.waiting import eventually
 from trainer.cli import main
+from trainer.commands.display import watching
+from trainer.loop import Evaluation, Step
 from trainer.run_directory import RunDirectory
 
 COMMAND = [sys.executable, "-m", "trainer.cli"]
@@ -20,6 +28,14 @@ COMMAND = [sys.executable, "-m", "trainer.cli"]
 def options(base: BaseModel, data: Path, directory: Path, *more: str) -> list[str]:
     given = ["--base", str(base.path), "--data", str(data), "--name", "dogs", "--store", str(directory / "store")]
     return ["fit", *given, "--run", str(directory / "run"), "--device", "cpu", "--dtype", "float32", *more]
+
+
+def waits_for_its_reader(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it sleeps with most of a page of its lines unread."""
+    assert process.stderr is not None
+    unread = bytearray(4)
+    fcntl.ioctl(process.stderr, termios.FIONREAD, unread)
+    return int.from_bytes(unread, sys.byteorder) > 2048 and psutil.Process(process.pid).status() == "sleeping"
 
 
 def test_a_run_ends_with_one_object_of_json(base: BaseModel, data: Path, tmp_path: Path) -> None:
@@ -39,6 +55,7 @@ def test_a_run_ends_with_one_object_of_json(base: BaseModel, data: Path, tmp_pat
 
 
 def test_ctrl_c_saves_and_resume_goes_on(base: BaseModel, data: Path, tmp_path: Path) -> None:
+    """Even when it comes in the middle of a line, which stderr's buffer would not be left for."""
     steps = ["--epochs", "100000", "--max-steps", "150", "--eval-data", str(data), "--eval-every", "1"]
     steps += ["--lr", "1e-9", "--checkpoint-every", "1000"]  # nothing is saved before
     with subprocess.Popen(
@@ -46,11 +63,12 @@ def test_ctrl_c_saves_and_resume_goes_on(base: BaseModel, data: Path, tmp_path: 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         bufsize=0,
-        pipesize=4096,  # it gets no more lines ahead of who reads than go into that: about 100 evaluations
+        pipesize=4096,  # it gets no more lines ahead of who reads than go into that: about 100 evaluations, and waits
     ) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, b"")
         assert any(line.startswith(b"evaluation") for line in lines)
+        eventually(lambda: waits_for_its_reader(process), "the pipe is full")
         process.send_signal(signal.SIGINT)
         rest = b"".join(lines).decode().splitlines()
     assert process.returncode == 130
@@ -62,6 +80,38 @@ def test_ctrl_c_saves_and_resume_goes_on(base: BaseModel, data: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert f"going on after step {step} of 150" in done.stderr
     assert AdapterStore(tmp_path / "store").names() == ["dogs"]
+
+
+class Terminal(io.StringIO):
+    """One on which a bar can move."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_has_a_bar_and_ctrl_c_a_line_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    with watching() as watcher:
+        watcher.note("loading tiny")
+        for index in range(3):
+            watcher.on_step(Step(index, 3, 0, 2.0 - index, 5, 8, 1e-3, 1.0, 0.5))
+        watcher.on_evaluation(Evaluation(3, 0.25, 5, is_best=True))
+        assert not watcher.is_stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert watcher.is_stopped()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "0/? loss nan" in shown
+    assert "loading tiny\n" in shown
+    assert "evaluation after step 3: loss 0.2500, the best so far\n" in shown
+    assert re.findall(r"\d/\S+ loss \S+", shown)[-1] == "3/3 loss 0.000"
+    assert capfd.readouterr().err == "\nstopping after this step; once more to stop at once\n"
 
 
 def test_a_file_of_settings_means_what_flags_mean(base: BaseModel, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """How a run looks on the terminal: a bar with loss, speed, memory and time left; elsewhere a line now and then."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def watching(*, quietly: bool = False) -> "Iterator[Watcher]":
     import threading
 
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from trainer.fit import Watcher, peak_memory
 
@@ -35,7 +36,7 @@ def watching(*, quietly: bool = False) -> "Iterator[Watcher]":
     columns = (
         TextColumn("training"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        MofNCompleteColumn(),  # of "?" steps until the first tells how many there are
         TextColumn("loss {task.fields[loss]:.3f}"),
         TextColumn("{task.fields[speed]:.0f} tokens/s"),
         TextColumn("{task.fields[memory]:.1f} GiB"),
@@ -46,8 +47,8 @@ def watching(*, quietly: bool = False) -> "Iterator[Watcher]":
         if stopped.is_set() or not is_running:
             raise KeyboardInterrupt
         stopped.set()
-        if not quietly:
-            note("stopping after this step; once more to stop at once")
+        if not quietly:  # by no `print`: what this interrupts may be one that waits for its reader, and would raise
+            os.write(2, b"\n" * console.is_terminal + b"stopping after this step; once more to stop at once\n")
 
     with Progress(*columns, console=console, disable=quietly or not console.is_terminal) as bar:
         task = bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0, start=False)
