@@ -218,4 +218,7 @@ def serve(
         notify_ready()
 
     registry = AdapterRegistry(adapter_store, model.digest)
-    asyncio.run(serve_rpc(config, model, registry, on_started=announce, dropped_log_lines=lambda: log.num_dropped))
+    try:
+        asyncio.run(serve_rpc(config, model, registry, on_started=announce, dropped_log_lines=lambda: log.num_dropped))
+    finally:
+        log.flush()  # before a line that says why it ended: programs read the last one
