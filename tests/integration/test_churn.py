@@ -11,7 +11,7 @@ from tests.support.churn.run import Size, run_churn
 
 def test_churn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORIKEET_CACHE", str(tmp_path / "cache"))
-    outcome = run_churn(tmp_path, Size(cpu_seconds=4, max_seconds=30))
+    outcome = run_churn(tmp_path, Size(cpu_seconds=4, num_answers=300, max_seconds=150))
     assert outcome.faults == []
     records, calls, metrics = outcome.journal.records, outcome.journal.calls, outcome.metrics
     assert len(records) > 200

@@ -29,10 +29,11 @@ PROMPTS = [[40 + i] * (3 + 7 * i) for i in range(4)]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A churn lasts until the engine has used `cpu_seconds`, but `max_seconds` at most."""
+    """A churn lasts until the engine has used `cpu_seconds` and given `num_answers`, but `max_seconds` at most."""
 
     cpu_seconds: float
     max_seconds: float
+    num_answers: int = 0
     num_clients: int = 32
     num_adapters: int = 48
 
@@ -114,7 +115,9 @@ def _traffic(server: ServerProcess, catalog: Catalog, journal: Journal, size: Si
         actors.start("unloader", operators[0].unload, pause=0.005)
         actors.start("loader", operators[1].load, pause=0.02)
         used = 0.0
-        while used < size.cpu_seconds and time.monotonic() < deadline and not journal.problems:
+        while used < size.cpu_seconds or len(journal.records) < size.num_answers:
+            if time.monotonic() > deadline or journal.problems:
+                break
             time.sleep(0.1)
             used = sum(engine.cpu_times()[:2]) - begin
     finally:
