@@ -4,6 +4,9 @@ import fcntl
 import json
 import os
 import select
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from lorikeet.v1 import inference_pb2, server_pb2
 from tests.integration.conftest import StartServer, World
 from tests.support.client import Client, generation, read
 from tests.support.collector import Collector, attributes, collecting
-from tests.support.server_process import ServerProcess
+from tests.support.server_process import REPOSITORY, ServerProcess
 from tests.support.waiting import eventually
 
 PROMPT = "xylophone quarrels"
@@ -135,15 +138,40 @@ def test_a_client_that_leaves_and_one_that_is_refused_leave_a_line_each(
     eventually(watched.is_idle, "the stream is let go")
 
 
+LATE_CLIENT = """
+import sys
+from tests.support.client import Client, generation
+fields = generation(sys.argv[2], "rank-4", 15_000) | {"request_id": "late"}
+stream = Client(int(sys.argv[1])).open(fields, timeout=6)
+next(stream)
+print("streaming", flush=True)
+sys.stdin.read()
+"""
+
+
+def line_of_one_too_late(server: ServerProcess) -> dict[str, Any]:
+    """Of a call whose time runs out by the server's clock. Its client's is ahead, by as much as a busy machine takes to
+    read the call, so the client must not end it: it stands still."""
+    command = [sys.executable, "-c", LATE_CLIENT, str(server.port), PROMPT]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPOSITORY)
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"streaming\n"
+            process.send_signal(signal.SIGSTOP)
+            return line_of(server, "late")
+        finally:
+            process.kill()
+
+
 def test_requests_that_cannot_be_served_leave_a_line_each(watched: ServerProcess, caller: Client) -> None:
     for request_id, fields in {
         "stranger": generation(PROMPT, "nobody"),
         "hot": generation(PROMPT, temperature=9.0),
-        "late": generation(PROMPT, "rank-4", 15_000),
     }.items():
         with pytest.raises(grpc.RpcError):
-            caller.generate(fields | {"request_id": request_id}, timeout=3 if request_id == "late" else 60)
-    stranger, hot, late = (line_of(watched, request_id) for request_id in ("stranger", "hot", "late"))
+            caller.generate(fields | {"request_id": request_id})
+    stranger, hot, late = line_of(watched, "stranger"), line_of(watched, "hot"), line_of_one_too_late(watched)
     assert (stranger["code"], stranger["adapter_id"]) == ("NOT_FOUND", "nobody")
     assert (hot["code"], hot["field"]) == ("INVALID_ARGUMENT", "sampling.temperature")
     assert late["code"] == "DEADLINE_EXCEEDED"
