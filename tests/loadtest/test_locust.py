@@ -16,8 +16,9 @@ from loadtest.play import echoing
 from tests.support.server_process import REPOSITORY
 from tests.support.waiting import eventually
 
+# Long enough that most of it is left when the machine stands still for some seconds of it.
 SCENARIO = """
-seconds = 3
+seconds = 10
 warmup = 0.5
 prompt = { distribution = "fixed", tokens = 4 }
 output = { distribution = "fixed", tokens = 6 }
@@ -73,7 +74,8 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
     share = found["failures"]["RESOURCE_EXHAUSTED SERVER_BUSY"] / (found["requests"] + 1)
     assert share == pytest.approx(1 / 4, rel=0.3)
     assert found["output_tokens_per_second"] == pytest.approx(6 * found["requests_per_second"], rel=0.2)
-    assert found["tpot_seconds"]["mean"] >= 0.0015, "the echo waits two milliseconds between tokens"
+    first, each, whole = (found[f"{kind}_seconds"]["mean"] for kind in ("ttft", "tpot", "end_to_end"))
+    assert 0.0099 <= first + 5 * each <= whole + 0.0001, "the echo waits two milliseconds before each further token"
     assert found["swaps"]["done"] > 0
     assert found["swaps"]["failed"] == 0
 
@@ -84,7 +86,9 @@ def test_an_open_load_keeps_its_rate_and_names_its_mode(tmp_path: Path, echo: st
     options = ("--server", echo, "--csv", str(tmp_path / "locust"))
     _, found = play(tmp_path, tables, *options)
     count = found["requests"] + sum(found["failures"].values())
-    assert 20 < count / found["seconds"] < 85, "four deviations above; a busy machine answers some too late to count"
+    assert 20 < count / found["seconds"] < 75, (
+        "64 by its seed; a machine that stood still answers some too late to count"
+    )
     assert found["failures"]["CLIENT_FULL"] > 0
     table = rows(tmp_path / "locust_stats.csv")
     assert ("TTFT ms", "_other") in table, "adapters past the first fifty share a row"
