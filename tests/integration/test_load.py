@@ -10,8 +10,9 @@ from tests.support.server_process import REPOSITORY
 
 SERVER = ("--device", "cpu", "--threads", "1", "--kv-cache-memory", "8MiB", "--max-model-len", "128")
 
+# Of seconds so many that a process may stand still for some of them.
 SCENARIO = """
-seconds = 3
+seconds = 5
 warmup = 0.5
 prompt = { distribution = "uniform", low = 4, high = 12 }
 output = { distribution = "uniform", low = 4, high = 24 }
@@ -46,7 +47,7 @@ def test_versions_change_under_load_and_no_request_fails(world: World, tmp_path:
 
 def test_a_comparison_from_start_to_report(world: World, tmp_path: Path) -> None:
     scenario = tmp_path / "short.toml"
-    scenario.write_text(SCENARIO.replace("seconds = 3", "seconds = 2"))
+    scenario.write_text(SCENARIO)
     options = ("--base", str(world.base.path), "--scenario", str(scenario), "--users", "2")
     options += ("--output", str(tmp_path / "out" / "report"))
     for modes in (("--modes", "lora-16"), ("--modes", "base-16", "--keep")):
@@ -72,13 +73,14 @@ def test_a_comparison_from_start_to_report(world: World, tmp_path: Path) -> None
     assert page.count('class="bar"') == 3 * 2
 
 
-def test_a_load_that_is_accepted_and_several_times_that(world: World, tmp_path: Path) -> None:
+def test_a_load_that_is_accepted_and_many_times_that(world: World, tmp_path: Path) -> None:
     """What is past the queue is refused in the way that clients can act on; how fast is not this test's. Answers are
-    long, so that several times the load is no more calls a second than one client can make."""
+    long, so that many times the load is no more calls a second than one client can make; and it is many times, as the
+    server may have stood still while the load that it accepts was measured."""
     scenario = tmp_path / "short.toml"
     scenario.write_text(SCENARIO.replace("low = 4, high = 24", "low = 90, high = 110"))
     few = ("--max-num-seqs", "2", "--max-waiting", "1")
-    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--factor", "4", "--rounds", "1")
+    options = ("--base", str(world.base.path), "--scenario", str(scenario), "--factor", "8", "--rounds", "1")
     command = [sys.executable, "-m", "loadtest", "overload", *options, "--", *SERVER, *few]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=REPOSITORY, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
