@@ -56,10 +56,16 @@ OTHERS: dict[str, Any] = {
 
 
 def make(
-    family: str, dtype: torch.dtype = torch.float32, *, device: str = "cpu", four_bit: bool = False, **changes: Any
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str = "cpu",
+    four_bit: bool = False,
+    seed: int = 0,
+    **changes: Any,
 ) -> Any:
     """A random model with LoRA on it, neither A nor B at zero."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     lm = (FAMILIES | OTHERS)[family]().to(dtype).requires_grad_(False)
     if four_bit:
         quantize(lm, dtype, device)
@@ -137,16 +143,20 @@ def test_losses_and_gradients_are_those_of_the_plain_layers(family: str, packed:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_bf16_gradients_are_as_near_the_exact_ones_as_the_plain_layers(checkpointing: bool) -> None:
-    lm = make("llama")
-    exact_loss, exact = learn(lm, CausalLoss(lm), False)
-    lm = make("llama", torch.bfloat16)
-    _, plain = learn(lm, CausalLoss(lm), False)
-    if checkpointing:
-        checkpoint_layers(lm)
-    loss, ours = learn(lm, CausalLoss(lm, recognized(lm)), False)
-    assert loss == pytest.approx(exact_loss, rel=1e-2)
-
-    assert error(ours, exact) <= 1.2 * error(plain, exact)
+    """On average: of one model's roundings, which are not the same on every processor, either way has the better."""
+    errors: dict[str, list[float]] = {"ours": [], "plain": []}
+    for seed in range(8):
+        lm = make("llama", seed=seed)
+        exact_loss, exact = learn(lm, CausalLoss(lm), False)
+        lm = make("llama", torch.bfloat16, seed=seed)
+        _, plain = learn(lm, CausalLoss(lm), False)
+        if checkpointing:
+            checkpoint_layers(lm)
+        loss, ours = learn(lm, CausalLoss(lm, recognized(lm)), False)
+        assert loss == pytest.approx(exact_loss, rel=1e-2)
+        errors["ours"].append(error(ours, exact))
+        errors["plain"].append(error(plain, exact))
+    assert sum(errors["ours"]) <= 1.2 * sum(errors["plain"])
 
 
 @pytest.mark.parametrize(
