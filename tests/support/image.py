@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.base.cache import cache_root
+from server.base.resolve import locate_base
 from tests.support.deployment import Stage, stages
 from tests.support.server_process import REPOSITORY
 
@@ -100,7 +101,8 @@ def _copy(value: str, source: Path) -> None:
 
 def _stand_in(root: Path, home: Path) -> None:
     """After the virtual environment has been made: the packages that run this test, names of those that need a GPU,
-    and something that was compiled; the embedded model is the user's, if it has been fetched before."""
+    and something that was compiled; the embedded model is the user's, fetched first if it has not been."""
+    locate_base(None)
     (site,) = root.glob("opt/lorikeet/lib/python*/site-packages")
     for old in site.glob("*setuptools*"):  # which Python 3.12's environments do not have
         shutil.rmtree(old)
