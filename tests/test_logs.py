@@ -111,10 +111,11 @@ def test_lines_of_another_process_stay_and_what_is_none_of_its_log_becomes_json(
 
 
 @pytest.fixture
-def stalled() -> Iterator[tuple[logging.Logger, BackgroundHandler, int]]:
+def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[logging.Logger, BackgroundHandler, int]]:
     """A logger whose handler may keep 4,096 bytes, and what to read them from: a pipe that is full already, of one
     line."""
     reader, writer = os.pipe()
+    monkeypatch.setattr("server.logs.FLUSH_SECONDS", 60)
     size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writer, b"x" * (size - 1) + b"\n")
     handler = BackgroundHandler(writer, max_waiting=4096)
@@ -190,7 +191,8 @@ def test_the_end_of_a_process_writes_what_waits_and_waits_for_no_one() -> None:
     """The last lines come out; where nobody reads, it ends all the same."""
     program = "import logging; from server import logs; logs.set_up('human', 'info', logs.BackgroundHandler(2))\n"
     program += "for i in range(300): logging.getLogger('it').info('%0100d', i)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, cwd=REPOSITORY)
+    patient = f"{program}\nlogs.FLUSH_SECONDS = 60"  # the process itself may stand still for a second
+    done = subprocess.run([sys.executable, "-c", patient], capture_output=True, check=True, cwd=REPOSITORY)
     assert [int(line.split()[-1]) for line in done.stderr.splitlines()] == list(range(300))
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
