@@ -443,12 +443,12 @@ def test_interrupting_cancels_the_call(options: list[str], server: FakeServer) -
         assert process.stdout is not None
         if options == ["--stream"]:
             assert process.stdout.read(4) == "Ahoy"
-        assert server.held.wait(30)
+        assert server.held.wait(60)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == ExitCode.INTERRUPTED
     assert errors == ""
-    assert server.released.wait(30)
+    assert server.released.wait(60)
 
 
 def test_a_bug_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

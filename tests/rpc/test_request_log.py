@@ -233,7 +233,7 @@ def test_a_client_that_leaves_is_one_line_with_what_it_had(how: str) -> None:
     async def ask(running: Running) -> None:
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{running.port}")
         await channel.channel_ready()
-        timeout = 3.0 if how == "deadline" else None
+        timeout = 6.0 if how == "deadline" else None
         stream = type(running.inference)(channel).StreamGenerate(Stream(text=PROMPT), timeout=timeout)
         assert (await stream.read()).token_ids == [1, 2]
         if how == "cancel":

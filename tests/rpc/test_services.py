@@ -275,13 +275,13 @@ def test_a_deadline_closes_the_generation(streams: bool) -> None:
             await running.channel.channel_ready()
             stub = running.inference
             if streams:
-                stream = stub.StreamGenerate(Stream(text="Hi"), timeout=3)
+                stream = stub.StreamGenerate(Stream(text="Hi"), timeout=6)
                 assert (await stream.read()).text == "a"
                 with pytest.raises(grpc.aio.AioRpcError):
                     await stream.read()
                 code = await stream.code()
             else:
-                code, _, _ = await failure(stub.Generate(Whole(text="Hi"), timeout=3))
+                code, _, _ = await failure(stub.Generate(Whole(text="Hi"), timeout=6))
             assert code == grpc.StatusCode.DEADLINE_EXCEEDED
             await backend.closed.wait()
         method = "StreamGenerate" if streams else "Generate"
