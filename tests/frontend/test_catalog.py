@@ -310,6 +310,7 @@ def test_a_move_is_seen_by_whoever_asks_after_it(tmp_path: Path) -> None:
         old, new = shelf.publish(0), shelf.publish(1)
         store, catalog = remote(shelf), shelf.catalog
         assert (await catalog.resolve("a")).digest == new
+        store.num_looks = 0
         store.gate.clear()
         early = asyncio.create_task(catalog.resolve("a@prod"))
         await until(lambda: store.num_looks > 0)
@@ -379,7 +380,9 @@ def test_a_fetch_that_fails_is_tried_again_by_the_next(far: Shelf, monkeypatch: 
     run(test())
 
 
-def test_a_fetch_that_nobody_waits_for_any_more_lets_go(far: Shelf) -> None:
+def test_a_fetch_that_nobody_waits_for_any_more_lets_go(far: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.frontend.catalog.FRESH_SECONDS", 60.0)  # only the fetch is left to be waited for
+
     async def test() -> None:
         digest = far.publish(0)
         store = remote(far)
@@ -393,6 +396,7 @@ def test_a_fetch_that_nobody_waits_for_any_more_lets_go(far: Shelf) -> None:
 
         user = asyncio.create_task(use())
         await until(lambda: len(store.threads) > 0)
+        assert store.num_looks == 1
         user.cancel()
         with pytest.raises(asyncio.CancelledError):
             await user
