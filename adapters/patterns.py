@@ -14,8 +14,8 @@ Pattern = Callable[[str], bool]
 _Step = Callable[["_Run", int], int]  # positions reached before → after; a set of positions is a bit mask
 
 _MAX_LENGTH = 4096
-_MAX_STEPS = 1_000_000  # each half a microsecond or so
-_STEPS_A_CHARACTER = 12  # what parsing costs
+_MAX_STEPS = 1_000_000  # each a fifth of a microsecond or so
+_STEPS_A_CHARACTER = 30  # what parsing costs
 # What a key of rank_pattern or alpha_pattern usually is; a dot in it is any character.
 _PLAIN = re.compile(r"[\w.]*")
 _CLASSES = {
