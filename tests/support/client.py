@@ -141,7 +141,7 @@ class Client:
     def is_serving(self, service: str = "") -> bool:
         """What grpc.health.v1 says; False as well when nobody answers."""
         try:
-            response = self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+            response = self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         except grpc.RpcError:
             return False
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
