@@ -70,6 +70,7 @@ def test_what_is_here_is_served_while_the_bucket_is_away(
     contents = {name: world.make(f"remote-{name}", lora_config(8, ATTENTION)) for name in ("warm", "cold", "next")}
     warm, cold = (publish(publisher, world, contents[name], name) for name in ("warm", "cold"))
     client = Client(remote_server.port)
+    eventually(lambda: refusal(client, "warm") is None, "the bucket answers in time")
     answer = client.generate(generation(PROMPT, "warm", 8))
     assert answer.adapter_digest == warm.digest
     assert list(answer.token_ids) == world.oracle.greedy(PROMPT, 8, "remote-warm")
@@ -102,6 +103,7 @@ def test_what_is_here_is_served_while_the_bucket_is_away(
     eventually(is_next, "the label has moved in the bucket")
     answer = client.generate(generation(PROMPT, "warm", 8))
     assert list(answer.token_ids) == world.oracle.greedy(PROMPT, 8, "remote-next")
+    eventually(lambda: refusal(client, f"warm@{warm.digest}") is None, "the bucket answers in time")
     pinned = client.generate(generation(PROMPT, f"warm@{warm.digest}", 8))
     assert list(pinned.token_ids) == world.oracle.greedy(PROMPT, 8, "remote-warm")
     client.close()
