@@ -103,7 +103,7 @@ def test_a_malformed_adapter_id_is_refused(client: Client, adapter_id: str) -> N
         (client.adapters.UnloadAdapter, adapter_pb2.UnloadAdapterRequest(adapter_id=adapter_id)),
     ):
         with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=10)
+            call(request, timeout=60)
         assert failure_of(caught.value).reason == "ADAPTER_ID_INVALID"
 
 
@@ -115,7 +115,7 @@ def test_a_malformed_adapter_id_is_refused(client: Client, adapter_id: str) -> N
 @example(adapter_id="rank-4@sha256:" + "0" * 64)
 def test_no_adapter_id_does_harm(client: Client, adapter_id: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        client.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter_id=adapter_id), timeout=10)
+        client.adapters.GetAdapter(adapter_pb2.GetAdapterRequest(adapter_id=adapter_id), timeout=60)
     assert failure_of(caught.value).reason in ("ADAPTER_ID_INVALID", "ADAPTER_NOT_FOUND")
 
 
@@ -128,7 +128,7 @@ def test_an_unknown_adapter_is_not_found(client: Client, adapter_id: str) -> Non
     assert failure.reason == "ADAPTER_NOT_FOUND"
     assert adapter_id.partition("@")[0] in failure.message
     with pytest.raises(grpc.RpcError) as caught:
-        client.adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=adapter_id), timeout=10)
+        client.adapters.LoadAdapter(adapter_pb2.LoadAdapterRequest(adapter_id=adapter_id), timeout=60)
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
@@ -155,7 +155,7 @@ def test_bytes_that_are_no_request_are_refused(client: Client, method: str, fiel
     name = f"/lorikeet.v1.InferenceService/{method}"
     call = client.channel.unary_unary(name) if method == "Generate" else client.channel.unary_stream(name)
     with pytest.raises(grpc.RpcError) as caught:
-        list(call(data, timeout=10))
+        list(call(data, timeout=60))
     failure = failure_of(caught.value)
     assert failure.code == INVALID
     assert failure.fields == [field]
@@ -187,7 +187,7 @@ def test_a_page_token_of_nobody_s_is_refused(
     client: Client, field: str, request_: adapter_pb2.ListAdaptersRequest
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        client.adapters.ListAdapters(request_, timeout=10)
+        client.adapters.ListAdapters(request_, timeout=60)
     failure = failure_of(caught.value)
     assert failure.code == INVALID
     assert field in failure.message

@@ -67,7 +67,7 @@ class ServerProcess:
     def metrics(self) -> dict[str, float]:
         """The samples of the Prometheus page that have no labels by name, those with labels summed."""
         url = f"http://127.0.0.1:{self.metrics_port}/metrics"
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:
             page = response.read().decode()
         samples: dict[str, float] = {}
         for family in text_string_to_metric_families(page):
