@@ -211,8 +211,9 @@ def test_a_processor_that_decodes_slowly_computes_with_what_it_decoded_once(
         plain.write(other)
 
 
-def test_the_processor_decides_the_form() -> None:
+def test_the_processor_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is AVX512-BF16, bfloat16 products run without dequantizing; float32 never loses precision."""
+    monkeypatch.setattr(four_bit, "decodes_quickly", lambda: True)
     fused = pack_four_bit(products("qkv", torch.bfloat16))
     assert isinstance(fused, four_bit_cpu.PackedFourBit) == bool(bnb.has_avx512bf16())
     assert isinstance(pack_four_bit(products("qkv", torch.float32)), FourBitLinear)

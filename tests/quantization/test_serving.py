@@ -16,6 +16,7 @@ from server.base.quantization import Quantization
 from server.base.spec import ModelSpec
 from server.engine.messages import AdapterRef
 from server.errors import BaseModelError, ConfigError
+from server.kernels import four_bit
 from server.kernels.four_bit import FourBitLinear
 from server.kernels.linear import PackedLinear, SideBySide
 from server.model.loader import load_weights
@@ -85,7 +86,9 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert serve_all(Driver(tmp_path / "base"), adapters) != want, "quantization is not to be seen"
 
 
-def test_layers_that_stay_in_16_bits(llama: tuple[Path, list[AdapterRef]], tmp_path: Path) -> None:
+def test_layers_that_stay_in_16_bits(
+    llama: tuple[Path, list[AdapterRef]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also within a fused product, and the head quantized: named as transformers names them, from either checkpoint."""
     directory, trained = llama
     adapters = [None, *trained]
@@ -95,6 +98,7 @@ def test_layers_that_stay_in_16_bits(llama: tuple[Path, list[AdapterRef]], tmp_p
     assert serve_all(Driver(directory, quantization="nf4", keep_16bit=tuple(skip)), adapters) == want
     oracle.save_pretrained(tmp_path)
     assert serve_all(Driver(tmp_path, dtype="float32"), adapters) == want
+    monkeypatch.setattr(four_bit, "decodes_quickly", lambda: True)  # whatever this processor does
     weights = weights_of(tmp_path)
     assert isinstance(weights.layers[0].qkv, SideBySide)
     assert isinstance(weights.layers[1].gate_up, PackedLinear)
@@ -141,7 +145,10 @@ def weights_of(directory: Path, quantization: Quantization | None = None) -> Mod
     return load_weights(directory, spec, torch.float32, CPU, quantization)
 
 
-def test_the_memory_of_the_weights_is_told(llama: tuple[Path, list[AdapterRef]]) -> None:
+def test_the_memory_of_the_weights_is_told(
+    llama: tuple[Path, list[AdapterRef]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(four_bit, "decodes_quickly", lambda: True)  # else they are kept as they were decoded
     plain, quantized = weights_of(llama[0]), weights_of(llama[0], Quantization("nf4", double=False))
     linears = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 128)
     assert plain.num_bytes - quantized.num_bytes == linears * 4 - linears // 2 - linears // 64 * 4
