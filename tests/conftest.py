@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, settings
 # One thread a process: tiny models gain nothing from more, and threads waiting for each other crawl on a busy machine.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Read once, when the hub's package is imported: by the first test module that does.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 HAS = pytest.StashKey[dict[str, bool]]()
 LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
@@ -65,7 +68,6 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     in it is checked by hash, and fetching a base model anew for every run would be rude."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         patch.delenv("LORIKEET_SERVER", raising=False)
         yield
