@@ -25,8 +25,9 @@ from trainer.launch import is_launched, own_rank
 
 EXIT_CODES = {"INVALID_ARGUMENT": 2, "FAILED_PRECONDITION": 4, "RESOURCE_EXHAUSTED": 5, "UNAVAILABLE": 6}
 INTERRUPTED = 130
-COURTESY = 30.0  # seconds that a process whose peer is ending waits: torchrun takes who ends first for the one at
-# fault, and then ends the others; Python and torch may take seconds from closing their connections to their end
+# Seconds that a process whose peer is ending waits: torchrun takes who ends first for the one at fault, then ends the
+# others. From closing its connections to its end Python may take some.
+COURTESY = 30.0
 EPILOG = (
     "Exit codes: 0 done, 1 failure, 2 wrong usage, settings or data, 4 refused (base or adapter does not fit, or "
     "training failed), 5 no room on the disk, 6 store not reachable, 130 interrupted."
