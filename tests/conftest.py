@@ -31,19 +31,25 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Without a GPU, Triton interprets its kernels. It reads that when it is first imported, by whichever test."""
+def _has_gpu() -> bool:
     import torch  # after the number of threads is set
 
-    has_gpu = torch.cuda.is_available()
+    return torch.cuda.is_available()
+
+
+HAS_GPU = _has_gpu()
+if not HAS_GPU:
+    # Triton interprets its kernels; it reads that when it is first imported, by whichever conftest or test.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
     config.stash[HAS] = {
-        "gpu": has_gpu,
+        "gpu": HAS_GPU,
         "prometheus": shutil.which("prometheus") is not None and shutil.which("promtool") is not None,
         "browser": shutil.which("chromium") is not None,
         "systemd": shutil.which("systemd-analyze") is not None and shutil.which("systemd-sysusers") is not None,
     }
-    if not has_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
