@@ -28,7 +28,7 @@ output = { distribution = "fixed", tokens = 6 }
 @pytest.fixture(scope="module")
 def echo() -> Iterator[str]:
     """Refuses every fifth request."""
-    with echoing(interval=0.002, refuse_every=5) as address:
+    with echoing(interval=0.02, refuse_every=5) as address:
         yield address
 
 
@@ -58,7 +58,7 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
     table = rows(tmp_path / "locust_stats.csv")
     for name in ("base", "a0000", "a0001"):
         whole = table["end to end ms", name]
-        assert float(whole["Min Response Time"]) > 9, "those refused, at once, have no part in the times of the others"
+        assert float(whole["Min Response Time"]) > 95, "those refused, at once, have no part in the times of the others"
         for kind in ("TTFT ms", "TPOT ms", "tokens/s"):
             told = int(table[kind, name]["Request Count"])
             assert told == int(whole["Request Count"]) - int(whole["Failure Count"]) > 0, (kind, name)
@@ -75,7 +75,8 @@ def test_closed_users_show_in_locust_s_tables_and_in_ours(tmp_path: Path, echo: 
     assert share == pytest.approx(1 / 4, rel=0.3)
     assert found["output_tokens_per_second"] == pytest.approx(6 * found["requests_per_second"], rel=0.2)
     first, each, whole = (found[f"{kind}_seconds"]["mean"] for kind in ("ttft", "tpot", "end_to_end"))
-    assert 0.0099 <= first + 5 * each <= whole + 0.0001, "the echo waits two milliseconds before each further token"
+    assert each >= 0.015, "the echo waits twenty milliseconds between tokens"
+    assert 0.099 <= first + 5 * each <= whole + 0.001
     assert found["swaps"]["done"] > 0
     assert found["swaps"]["failed"] == 0
 

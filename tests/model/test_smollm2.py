@@ -1,6 +1,4 @@
-"""The embedded base in bfloat16 against transformers, on real weights and real text."""
-
-from pathlib import Path
+"""The embedded base against transformers, on real weights and real text."""
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from server.base.resolve import BaseModel, resolve_base
 from tests.engine.inprocess import Driver
 from tests.model.test_transformer import load, logits_in_chunks
 
-QUESTION = [{"role": "user", "content": "Can you tell me the capital of France?"}]
 TEXT = (
     "The lorikeet is a small parrot with a brush-tipped tongue, with which it feeds on nectar. It lives in flocks in "
     "the forests of Australia and New Guinea, and is known for its bright plumage and its loud, rolling calls. "
@@ -27,16 +24,10 @@ def base() -> BaseModel:
     return resolve_base(None)
 
 
-def encode(directory: Path) -> tuple[list[int], list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return list(chat), list(tokenizer(TEXT)["input_ids"])
-
-
 @torch.inference_mode()
 def test_logits_are_as_near_to_float32_as_transformers_are(base: BaseModel) -> None:
     """Over enough text: of fifty tokens the two errors differ by up to 20 %, either way, as the kind of CPU has it."""
-    _, ids = encode(base.path)
+    ids = list(AutoTokenizer.from_pretrained(base.path)(TEXT)["input_ids"])
     exact = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32)(torch.tensor([ids])).logits[0]
     theirs = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)(torch.tensor([ids])).logits[0]
     model, cache = load(base.path, torch.bfloat16)
@@ -49,13 +40,25 @@ def test_logits_are_as_near_to_float32_as_transformers_are(base: BaseModel) -> N
     assert torch.equal(ours.argmax(-1)[sure], exact.argmax(-1)[sure])
 
 
-def test_it_answers_as_transformers_does(base: BaseModel) -> None:
-    """In bfloat16, whose rounding moves a logit by up to 1, on each kind of CPU in its own way: each of these tokens
-    leads by 2.8 or more in float32."""
-    chat, _ = encode(base.path)
-    oracle = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
-    want = oracle.generate(torch.tensor([chat]), max_new_tokens=6, do_sample=False)[0, len(chat) :].tolist()
-    driver = Driver(base.path, kv_cache_bytes=32 << 20, page_size=16)
-    got = driver.generate(chat, len(want))
+@pytest.mark.parametrize(
+    ("dtype", "question", "answer"),
+    [
+        ("float32", "What is the capital of France?", "The capital of France is Paris.<|im_end|>"),
+        ("bfloat16", "Can you tell me the capital of France?", "The capital of France is Paris"),
+    ],
+)
+def test_it_answers_as_transformers_does(base: BaseModel, dtype: str, question: str, answer: str) -> None:
+    """bfloat16's rounding moves a logit by up to 1, on each kind of CPU in its own way: there each token of the answer
+    leads by 2.8 or more in float32; in the other one by 0.09 or more."""
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    question_ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    num_tokens = len(tokenizer(answer)["input_ids"])
+    oracle = AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, dtype))
+    generated = oracle.generate(torch.tensor([question_ids]), max_new_tokens=num_tokens, do_sample=False)
+    want = generated[0, len(question_ids) :].tolist()
+    driver = Driver(base.path, dtype=dtype, kv_cache_bytes=32 << 20, page_size=16)
+    got = driver.generate(list(question_ids), num_tokens)
     assert got == want
-    assert AutoTokenizer.from_pretrained(base.path).decode(got) == "The capital of France is Paris"
+    assert tokenizer.decode(got) == answer

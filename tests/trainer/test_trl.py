@@ -36,7 +36,7 @@ class InOrder:
 
 
 def make_rows() -> list[Example]:
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(3)
     rows = []
     for _ in range(STEPS * BATCH):
         length = int(torch.randint(6, 24, (), generator=generator))
